@@ -32,6 +32,9 @@ def evaluate(
             "that the run was trained on.",
         ),
     ] = None,
+    caption: Annotated[
+        str | None, typer.Option(help="Caption of all reference images that have none.")
+    ] = None,
     like: LikeOption = None,
     variant: VariantOption = "",
     lora: LoraOption = None,
@@ -81,6 +84,7 @@ def evaluate(
         report, remarks = evaluate_run(
             run,
             reference=reference,
+            caption=caption,
             like=like,
             variant=variant,
             loras=loras,

@@ -8,6 +8,7 @@ held-out images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,15 +144,16 @@ def _adherence(
     own = torch.arange(len(samples))
     others = (own + len(own) // 2) % len(own)
     by_own, by_others = metric(samples, own).double(), metric(samples, others).double()
-    estimate = Estimate.of(by_own)
+    most = 1.0 if better == "higher" else math.inf  # ranks, accuracies, F1, IoU; or distances
+    estimate = Estimate.of(by_own).bounded(most)
     return Adherence(
         context=context,
         figure=figure,
         better=better,
         n=estimate.n,
         own=estimate,
-        shuffled=Estimate.of(by_others),
-        real=Estimate.of(metric(real, own)),
+        shuffled=Estimate.of(by_others).bounded(most),
+        real=Estimate.of(metric(real, own)).bounded(most),
         difference=Estimate.of_mean(by_own - by_others),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,10 @@ class Estimate:
         mean = float(valid.mean()) if n else math.nan
         half = t_quantile(n) * float(valid.std()) / math.sqrt(n) if n > 1 else math.inf
         return cls(mean=mean, low=mean - half, high=mean + half, n=n)
+
+    def bounded(self, most: float = math.inf) -> Estimate:
+        """Return the estimate of values that lie in [0, most], as the interval then does too."""
+        return replace(self, low=max(0.0, self.low), high=min(most, self.high))
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"

@@ -62,13 +62,18 @@ def local_model(name: str | Path, *, variant: str = "") -> Path:
         )
     except Exception as error:  # the library raises whatever its HTTP client does
         raise CheckpointError(
-            f"cannot be loaded from the hub: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}",
+            "is not a folder here, and cannot be loaded from the hub either: "
+            f"{type(error).__name__}: {_first_sentence(error)}",
             where=str(name),
-            hint="check the name and the connection; a gated model needs its license accepted and "
-            "`hf auth login`; or name a folder",
+            hint="check the path, or the name on the hub and the connection; a gated model needs its "
+            "license accepted and `hf auth login`",
         ) from None
     return Path(folder)
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return the first sentence of a message, on one line."""
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
 
 
 def name_of(folder: Path) -> str:

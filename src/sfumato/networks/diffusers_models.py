@@ -123,7 +123,7 @@ class DiffusersConfig(NetworkConfig):
             raise ConfigError(
                 f"{self.architecture} reads {sizes}, and the conditioner gives {context}",
                 where="conditioner",
-                hint="use the conditioner that belongs to the network"
+                hint=_how_to_fit(context, sizes)
                 + (", with conditioner.resizing={}" if family.reads_resizing(settings) else ""),
             )
         pack_layers(model, self.base_dtype, precise=PRECISE)
@@ -169,3 +169,18 @@ def _model(architecture: str, settings: Mapping[str, Any], image_channels: int) 
             where="network.settings",
             hint="the keys are those of its config.json in diffusers",
         ) from None
+
+
+def _how_to_fit(given: ContextSizes, read: ContextSizes) -> str:
+    """Return which settings to change, where a network reads another context than is given."""
+    unread = {
+        "vector": "conditioner.category=null conditioner.attributes=null data.augment.karras=0",
+        "tokens": "conditioner.text=null",
+        "spatial": "conditioner.doodle=null conditioner.points=null conditioner.image=null",
+    }
+    settings = [
+        text for name, text in unread.items() if getattr(given, name) and not getattr(read, name)
+    ]
+    if settings:
+        return f"set what the network cannot read to nothing: {' '.join(settings)}"
+    return "use the conditioner that belongs to the network"

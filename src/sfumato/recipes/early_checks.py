@@ -125,7 +125,8 @@ def _require_key(override: str, source: str) -> None:
         raise ConfigError(
             f"{override!r} sets nothing",
             where="overrides",
-            hint="write key=value, e.g. budget.minutes=5",
+            hint="write key=value, e.g. budget.minutes=5, and put a value with spaces in quotes: "
+            "data.caption='a photo of sks dog'",
         )
     near = nearest(key, KEYS, cutoff=0.75)
     # what is near none of these may be near a key inside one, which the schema knows

@@ -11,7 +11,7 @@ from typing import Literal
 
 from sfumato.data import Dataset, source_at
 from sfumato.data.dataset_diff import changes
-from sfumato.errors import DataError, RunError
+from sfumato.errors import ConfigError, DataError, RunError
 from sfumato.evaluation.extractors import extractor
 from sfumato.evaluation.report import EvaluationReport, evaluate_pipeline
 from sfumato.foreign_models import is_pipeline_folder
@@ -36,6 +36,7 @@ def evaluate_run(
     path: str | Path,
     *,
     reference: str | None = None,
+    caption: str | None = None,
     like: str | Path | None = None,
     variant: str = "",
     loras: Sequence[tuple[Path, float]] = (),
@@ -56,6 +57,7 @@ def evaluate_run(
         reference: images to compare with, as `train` takes them; by default those that the run was
             trained on. They are read in the model's size and channels; half of them are compared
             with, and the other half gives the prompts and the row of real images.
+        caption: of reference images that have none.
         like: for a single file, a pipeline's folder of the same family.
         variant: which weights of a model folder, where it has several, e.g. "fp16".
         loras: LoRA files with their strengths, which are added to the model.
@@ -71,7 +73,7 @@ def evaluate_run(
         RunError, CheckpointError, DataError, ConfigError: naming what is wrong.
     """
     folder = model_folder(path, variant=variant, like=like)
-    settings = _settings(folder, reference, variant=variant)
+    settings = _settings(folder, reference, caption=caption, variant=variant)
     extractor(features)  # refuses what cannot be read before images are generated
     before_work()
     pipeline = loading.load(folder, precision=precision, variant=variant)
@@ -124,12 +126,21 @@ def evaluation_folder(
     return folder / f"with-{added}"
 
 
-def _settings(path: Path, reference: str | None, *, variant: str = "") -> Run:
+def _settings(
+    path: Path, reference: str | None, *, caption: str | None = None, variant: str = ""
+) -> Run:
     """Return the model's configuration, whose data are the reference if there is one.
 
     Raises:
         RunError: if it is neither a run nor a model folder, or the latter without a reference.
+        ConfigError: for a caption without a reference.
     """
+    if caption is not None and reference is None:
+        raise ConfigError(
+            "is given, and no reference images that it could be of",
+            where="--caption",
+            hint="add --reference FOLDER; the images of a run have the captions it was trained with",
+        )
     if not is_pipeline_folder(path):
         RunDirectory.existing(path)
         run = resolve(path)
@@ -144,9 +155,8 @@ def _settings(path: Path, reference: str | None, *, variant: str = "") -> Run:
     if reference is None:
         return run
     source = source_at(reference)
-    return replace(
-        run, data=replace(run.data, source=source, holdout=REFERENCE_HOLDOUT, exclude=None)
-    )
+    data = replace(run.data, source=source, holdout=REFERENCE_HOLDOUT, exclude=None)
+    return replace(run, data=data if caption is None else replace(data, caption=caption))
 
 
 def _lora_remark(file: Path, strength: float) -> str:
@@ -202,7 +212,12 @@ def _require_fitting(pipeline: Pipeline, dataset: Dataset, reference: str) -> li
             raise DataError(
                 "has no captions, and the model reads text",
                 where=reference,
-                hint="put a .txt with a caption beside each image: they are the prompts",
+                hint='say what all of them show: --caption "a photo of NAME"; or put a .txt with a '
+                "caption beside each image: captions are the prompts",
+            )
+        if len({tuple(dataset.entries[i].captions) for i in dataset.holdout}) == 1:
+            lines.append(
+                "all prompts are the same, which cannot tell whether text steers the model"
             )
         if captioned < len(dataset.holdout):
             lines.append(

@@ -10,6 +10,7 @@ from sfumato import config as configuration
 from sfumato.adapters import Adapter
 from sfumato.contexts import CONTEXTS, ContextConfig, Text
 from sfumato.data import DataConfig, Listing, source_at
+from sfumato.data.holdout import expected_holdout
 from sfumato.data.missing_labels import fill_missing
 from sfumato.errors import ConfigError
 from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve_config
@@ -110,7 +111,8 @@ def choose_finetuning(
     if small and not adapter.keeps_known and not continued:
         preservation = PreservationConfig()
     batch_size = min(start.batch_size, count)
-    steps = min(MAX_STEPS, max(100, VIEWS * count // batch_size))
+    trained = max(1, count - expected_holdout(count, data.holdout))
+    steps = min(MAX_STEPS, max(100, VIEWS * trained // batch_size))
     run = replace(
         start.run,
         name=f"{Path(source).resolve().stem or 'images'}-{start.run.name}",
@@ -136,7 +138,7 @@ def choose_finetuning(
     reasons = [
         f"{count} images, {captioned} with a caption",
         *_conversion(listing, data.channels),
-        *_choices(run, count=count, captioned=bool(captioned), overrides=overrides),
+        *_choices(run, trained=trained, captioned=bool(captioned), overrides=overrides),
         *(
             f"{name}s steer the model too (conditioner.{name}): made from images that have none"
             for name in adapter.contexts
@@ -147,15 +149,15 @@ def choose_finetuning(
     return Finetuning(run=run, lines=lines, listing=listed)
 
 
-def _choices(run: Run, *, count: int, captioned: bool, overrides: Overrides) -> list[str]:
+def _choices(run: Run, *, trained: int, captioned: bool, overrides: Overrides) -> list[str]:
     """Return a line for each choice that no override replaces.
 
     Args:
-        count: number of images.
+        trained: number of images without those held out.
     """
     settings = configuration.with_overrides({}, overrides)
     steps, rates = run.budget.steps or 0, settings.get("optimizer") or {}
-    views = round(steps * run.batch_size / max(1, count - max(count // 10, min(25, count // 4))))
+    views = round(steps * run.batch_size / trained)
     rate = f", learning rate {run.optimizer.learning_rate:g}, constant"
     kept = ": the base stays as it is (adapter.kind=none trains all weights)"
     choices = {

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from sfumato.platform import total_memory
 from sfumato.recipes.run import Run
 from sfumato.runs.cost import CostEstimate
 from sfumato.runs.preparation import PreparedRun
-from sfumato.training.enough import Outlook, before_training, is_protected, most_views
+from sfumato.training.enough import before_training, is_protected, most_views
 
 # Training samples in total, repeats included. docs/benchmarks.md, "Time to quality": at 32 px,
 # 43,000 to 51,000 bring the kernel distance of the preset to 3 or 4, where the baselines end at 8;
@@ -63,16 +64,14 @@ def check_plan(prepared: PreparedRun, stages: Sequence[CostEstimate]) -> tuple[l
     """Return the problems of a plan on this machine, and what `views_line` says of it."""
     images, from_scratch = len(prepared.dataset.training), not prepared.run.has_base
     protected = is_protected(prepared.run.data.augment, prepared.model.network)
-    problems = findings(
-        stages,
-        images=images,
-        machine=Machine.here(),
-        from_scratch=from_scratch,
-        protected=protected,
-    )
-    return problems, views_line(
-        stages[-1], images=images, from_scratch=from_scratch, protected=protected
-    )
+    known: dict[str, Any] = {
+        "images": images,
+        "from_scratch": from_scratch,
+        "protected": protected,
+        "stops": prepared.run.stop != "never",
+    }
+    problems = findings(stages, machine=Machine.here(), **known)
+    return problems, views_line(stages[-1], **known)
 
 
 def findings(
@@ -82,6 +81,7 @@ def findings(
     machine: Machine,
     from_scratch: bool = True,
     protected: bool = False,
+    stops: bool = False,
 ) -> list[Finding]:
     """Return the problems of a plan, the most serious first; [] if it is long enough and fits.
 
@@ -91,11 +91,12 @@ def findings(
         from_scratch: whether the model begins with random weights; how long a fine-tuning takes is
             said by its comparisons with the base.
         protected: whether augmentation and dropout hold off memorizing.
+        stops: whether the run ends by itself when it overfits.
     """
     if not from_scratch:
         return _resource_findings(stages, machine)
     *autoencoders, model = stages
-    views = _outlook(model, images, protected)
+    views = before_training(images, model.epochs, protected=protected, stops=stops)
     return [
         *_resource_findings(stages, machine),
         *(finding for stage in autoencoders for finding in _autoencoder_findings(stage)),
@@ -104,12 +105,14 @@ def findings(
     ]
 
 
-def views_line(model: CostEstimate, *, images: int, from_scratch: bool, protected: bool) -> str:
+def views_line(
+    model: CostEstimate, *, images: int, from_scratch: bool, protected: bool, stops: bool = False
+) -> str:
     """Return what the number of views of each image says; "" where `findings` says it.
 
     For arguments, see `findings`.
     """
-    views = _outlook(model, images, protected)
+    views = before_training(images, model.epochs, protected=protected, stops=stops)
     return f"views: {views.sentence}" if from_scratch and not views.change else ""
 
 
@@ -136,10 +139,6 @@ def views_before_planning(run: Run, images: int, *, network: nn.Module) -> str:
         by="this budget" if used else f"{ENOUGH:,} training samples (about enough at 32 px)",
     )
     return "; ".join(filter(None, (views.sentence, views.change))) + "."
-
-
-def _outlook(model: CostEstimate, images: int, protected: bool) -> Outlook:
-    return before_training(images, model.epochs, protected=protected)
 
 
 def _resource_findings(stages: Sequence[CostEstimate], machine: Machine) -> list[Finding]:

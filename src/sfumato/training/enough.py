@@ -55,14 +55,22 @@ def most_views(images: int, *, protected: bool) -> float:
 
 
 def before_training(
-    images: int, views: float, *, protected: bool, by: str = "this budget"
+    images: int, views: float, *, protected: bool, by: str = "this budget", stops: bool = False
 ) -> Outlook:
     """Return what to expect of a training that sees each of `images` images `views` times.
 
     Args:
         protected: see `is_protected`.
         by: what the number of views follows from.
+        stops: whether the run ends by itself when it overfits.
     """
+    outlook = _outlook(images, views, protected=protected, by=by)
+    if not (stops and outlook.change):
+        return outlook
+    return Outlook(sentence=f"{outlook.sentence}; the run stops when it overfits")
+
+
+def _outlook(images: int, views: float, *, protected: bool, by: str) -> Outlook:
     seen = f"{images:,} images, each seen about {_number(views)} times by {by}"
     if views < UNNOTICED_VIEWS:
         return Outlook(sentence=f"{seen}: too few views to memorize")

@@ -258,7 +258,8 @@ def _sentence(
     if state == "cannot tell":
         return (
             f"{len(now.held_out)} held-out images are too few to say when to stop "
-            f"({FEWEST_HELD_OUT} are needed); more images or a larger data.holdout help; judged by "
+            f"({FEWEST_HELD_OUT} are needed); more images help, or a larger share of them "
+            "(data.holdout=0.5); judged by "
             f"them, step {kept.step} is the one to use"
         )
     if state == "overfitting" and found.rise.low > 0:
