@@ -1,4 +1,6 @@
-"""PSNR and structural similarity against their formulas, written out with scipy."""
+"""PSNR and structural similarity against their formulas, written out with scipy; of few images,
+no Fréchet distance is given.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,9 @@ import torch
 from scipy import ndimage
 
 from sfumato.autoencoders.image_metrics import psnr, ssim
+from sfumato.networks.perceptual import RandomFeatures
+from sfumato.recipes import autoencoder_stage
+from tests.helpers.image_sets import dataset_of, photographs
 
 
 def pair(channels: int = 3, side: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,3 +66,17 @@ def test_ssim_of_equal_images_is_one_and_of_negatives_is_below_zero() -> None:
     assert (ssim(a, -a) < 0).all()
     small = torch.rand(1, 1, 4, 6)
     assert torch.allclose(ssim(small, small), torch.ones(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("held_out", [1, 29, 30])
+def test_a_frechet_distance_of_reconstructions_is_given_from_thirty_images(
+    held_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoencoder_stage, "reconstruct", lambda codec, images: images)
+    monkeypatch.setattr(autoencoder_stage, "default_device", lambda: torch.device("cpu"))
+    pixels = photographs(2 + held_out)
+    found = autoencoder_stage._reconstruction_frechet(
+        None, dataset_of(pixels[:2], pixels[2:]), RandomFeatures()
+    )
+    assert found.get("rfd_images", 0) == (held_out if held_out >= 30 else 0)
+    assert ("rfd" in found) == (held_out >= 30)

@@ -252,6 +252,12 @@ def test_a_model_that_could_store_the_set_is_remarked_on(tmp_path: Path) -> None
     )
 
 
+def test_a_gray_image_has_one_value_per_pixel(tmp_path: Path) -> None:
+    form = PixelFormat(shapes=((RESOLUTION, RESOLUTION),), channels=1)
+    found = inspected(clean(tmp_path / "set", count=5), form=form)
+    assert found.figures["model"]["values_in_images"] == 5 * RESOLUTION**2
+
+
 # --- what is written ------------------------------------------------------------------------------
 
 

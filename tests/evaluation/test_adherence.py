@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from scipy import stats
 from torch import Tensor
 
 from sfumato.conditioners import ConditioningInfo, DoodleConfig, LearnedTextConfig, PointsConfig
@@ -21,7 +22,7 @@ from sfumato.contexts import ContextConfig
 from sfumato.contexts.adherence_metrics import chamfer, line_f1, line_mask, silhouette_iou
 from sfumato.data import DataConfig, Dataset, Folder, index, to_float
 from sfumato.evaluation import composition, measure_adherence
-from sfumato.evaluation.adherence import retrieval_rank
+from sfumato.evaluation.adherence import _adherence, retrieval_rank
 from sfumato.evaluation.composition import overlap
 from sfumato.evaluation.figures import Estimate
 from sfumato.generation.request import ResolvedRequest
@@ -122,6 +123,25 @@ def test_the_own_image_ranks_first_and_chance_is_a_half() -> None:
     assert retrieval_rank(
         real[:1].expand(200, -1, -1, -1), real[:1].expand(200, -1, -1, -1), own
     ).mean() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_samples_follow_by_the_paired_difference(better: str) -> None:
+    """Images differ far more than conditions do, so that the two intervals overlap."""
+    generator, sign = np.random.default_rng(0), 1 if better == "higher" else -1
+    images = torch.tensor(generator.normal(0, 1, 12))
+    gain = torch.tensor(generator.normal(0.3, 0.1, 12)) * sign
+
+    def metric(images: Tensor, condition: Tensor) -> Tensor:
+        return images + gain * (condition == torch.arange(12))
+
+    row = _adherence("text", "a metric", better, metric, images, images)
+    assert row.own.low < row.shuffled.high
+    assert row.shuffled.low < row.own.high
+    expected = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
+    assert (row.difference.low, row.difference.high) == pytest.approx(expected, rel=1e-6)
+    assert row.works
+    assert not _adherence("text", "a metric", better, lambda x, i: x, images, images).works
 
 
 def test_a_drawings_lines_are_found_in_the_image_that_it_was_drawn_from(dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import DataConfig, Dataset, Digits, index, to_float
+from sfumato.data.copies import CopyIndex
 from sfumato.evaluation import extractors, report
 from sfumato.evaluation.classifier import Classifier, train_classifier
 from sfumato.evaluation.fidelity import choose_conditions, choose_reference
@@ -278,6 +279,21 @@ def test_features_of_real_images_are_computed_once(
         "sfumato.evaluation.quality.to_float", lambda pixels: pytest.fail("read again")
     )
     assert evaluate_pipeline(Fake(dataset), dataset, num=10).json() == first.json()
+
+
+def test_samples_are_compared_with_training_images_once(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, compared = of_digits(digits, 50, 20), []
+    thumbnails = CopyIndex.thumbnails_of
+
+    def counted(self: CopyIndex, images: Tensor) -> Any:
+        compared.append(len(images))
+        return thumbnails(self, images)
+
+    monkeypatch.setattr(CopyIndex, "thumbnails_of", counted)
+    evaluate_pipeline(Fake(dataset, "category"), dataset, num=10)
+    assert compared == [20, 10, 10, 10]  # held-out and training images, two guidance scales
 
 
 def test_the_classifier_learns_and_is_the_same_every_time(

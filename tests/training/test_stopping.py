@@ -85,6 +85,12 @@ def test_copies_overrule_everything_else_and_one_in_a_hundred_does_not() -> None
     assert "23 of 200 samples" in found.sentence
 
 
+def test_copies_as_frequent_among_real_images_are_no_copying() -> None:
+    """Of unseen emoji, 1.8 % are near-duplicates of others."""
+    assert Copies(count=8, samples=200, real_count=0, real=200).found
+    assert not Copies(count=8, samples=200, real_count=4, real=200).found
+
+
 def test_the_best_look_is_the_earliest_that_no_later_one_beats() -> None:
     looks = curve([1.0, 0.8, 0.7, 0.699, 0.7, 0.72, 0.8])
     assert best(looks) is looks[2]

@@ -3,6 +3,7 @@ is the optimum.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
+from sfumato.autoencoders import Pixels
 from sfumato.condition import NO_CONDITION
+from sfumato.data import to_float
 from sfumato.diffusion import (
     Denoised,
     EmpiricalDenoiser,
@@ -20,6 +23,7 @@ from sfumato.diffusion import (
     Sample,
     Warped,
 )
+from sfumato.training import TrainingConfig, ValidationConfig
 from sfumato.training.denoising_error import (
     Errors,
     Triples,
@@ -29,6 +33,8 @@ from sfumato.training.denoising_error import (
     score_interval,
     summarize,
 )
+from sfumato.training.monitors import Validator
+from tests.helpers.image_sets import dataset_of, photographs
 
 # standard deviations of four independent pixels
 SCALES = torch.tensor([1.5, 0.9, 0.3, 0.05], dtype=torch.float64)
@@ -186,3 +192,55 @@ def test_an_image_is_worth_one_value_however_often_it_is_met() -> None:
     assert len(found["bins"]) == 10
     none = difference(errors(ideal, t), errors(ideal, t), t)
     assert (none["mean"], none["low"], none["high"]) == (0, 0, 0)
+
+
+class Unconditioned:
+    """A conditioner that reads nothing."""
+
+    user_inputs = ()
+
+    def training_context(self, *args, **options) -> dict:
+        return {}
+
+    def __call__(self, context, count):
+        return NO_CONDITION
+
+
+def model(denoiser) -> SimpleNamespace:
+    return SimpleNamespace(
+        eval=lambda: None, conditioner=Unconditioned(), denoiser=lambda: denoiser
+    )
+
+
+def test_validation_compares_different_images_and_guesses_on_the_same_noises() -> None:
+    pixels = photographs(80, side=8)[:, :1]
+    groups = np.concatenate([np.arange(75), np.arange(60, 65)])  # five are near-duplicates
+    dataset = dataset_of(pixels[:60], pixels[60:], groups=groups)
+    validator = Validator(
+        config=TrainingConfig(validation=ValidationConfig(samples=400, bins=10)),
+        dataset=dataset,
+        schedule=SCHEDULE,
+        conditioner=Unconditioned(),
+        autoencoder=Pixels(1),
+        device=torch.device("cpu"),
+    )
+    learned = to_float(dataset.images(dataset.training).pixels)
+    mean_guess, linear = (
+        model(each) for each in (LinearDenoiser.of_mean(learned), LinearDenoiser.of(learned))
+    )
+    figures = validator.figures(mean_guess, linear)
+    for name in ("raw/r2", "ema/skill"):
+        which, score = name.split("/")
+        assert figures[f"validation/{name}"] == pytest.approx(0, abs=1e-5)
+        for row in figures[f"validation/{which}/bins"]:
+            assert row[score] == pytest.approx(0, abs=1e-5)
+    held_out, seen = (
+        each.eps_square for each in (validator.errors(linear), validator.seen_errors(linear))
+    )
+    assert held_out.shape == (15, 10)
+    assert seen.shape == (40, 10)
+    logs = [each.mean(1).log() for each in (held_out, seen)]
+    interval = stats.ttest_ind(*logs, equal_var=False).confidence_interval(0.95)
+    expected = np.exp([float(logs[0].mean() - logs[1].mean()), *interval])
+    found = [figures[f"validation/ratio/{part}"] for part in ("mean", "low", "high")]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -13,15 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.contexts import CONTEXTS, Metric, MetricInputs
 from sfumato.contexts.adherence_metrics import silhouette_iou
 from sfumato.data import Dataset, to_float
+from sfumato.data.choice import choose_evenly
 from sfumato.evaluation.classifier import Classifier
 from sfumato.evaluation.figures import Estimate
 from sfumato.generation.pipeline import Pipeline
@@ -104,7 +103,7 @@ def measure_adherence(
         The figures; nothing if fewer than two images are held out.
     """
     report = on_progress or (lambda fraction, text: None)
-    positions = spread(dataset.with_common_shape(dataset.holdout), min(num, MAX_SAMPLES))
+    positions = choose_evenly(dataset.with_common_shape(dataset.holdout), min(num, MAX_SAMPLES))
     if len(positions) < FEWEST:
         return []
     pixels, _, positions = dataset.images(positions)
@@ -129,13 +128,6 @@ def measure_adherence(
         ).items():
             rows.append(_adherence(name, figure, better, metric, samples, real))
     return rows
-
-
-def spread(positions: NDArray[np.int64], num: int) -> NDArray[np.int64]:
-    """Return at most `num` of the positions, evenly chosen."""
-    return positions[
-        np.linspace(0, len(positions) - 1, min(num, len(positions))).round().astype(np.int64)
-    ]
 
 
 def _adherence(

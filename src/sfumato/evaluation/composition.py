@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.data import Dataset, to_float
-from sfumato.evaluation.adherence import spread
+from sfumato.data.choice import choose_evenly
 from sfumato.evaluation.figures import Estimate
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.tables import format_table
@@ -80,7 +80,7 @@ def composition(
     Of more than MAX_HELD_OUT images, that many are evenly chosen. The last row is of the real
     images.
     """
-    held_out = spread(held_out, MAX_HELD_OUT)
+    held_out = choose_evenly(held_out, MAX_HELD_OUT)
     training = dataset.with_common_shape(dataset.training)
     training = training[[bool(dataset.entries[i].captions) for i in training]]
     captions = {int(i): dataset.entries[i].captions[0] for i in (*training, *held_out)}

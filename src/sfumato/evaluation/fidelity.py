@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.contexts import enumerate_values
 from sfumato.data import Dataset, to_float
+from sfumato.data.choice import choose_evenly
 from sfumato.data.copies import CopyIndex
 from sfumato.evaluation.classifier import Classifier, select_labelled
 from sfumato.evaluation.distances import FRECHET_IMAGES_PER_DIMENSION
@@ -170,7 +171,7 @@ def choose_conditions(
     if not len(source):
         source = reference.training
         remarks.append("no image is held out, so the conditions are those of training images")
-    pixels, _, positions = dataset.images(np.resize(source, num))
+    pixels, _, positions = dataset.images(np.resize(choose_evenly(source, num), num))
     context = pipeline.model.conditioner.training_context(
         to_float(pixels), dataset.context(positions), seed=0, first=0
     )

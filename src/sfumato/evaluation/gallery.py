@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sfumato.conditioners import ConditioningInfo
 from sfumato.contexts import CONTEXTS
-from sfumato.evaluation.adherence import spread
+from sfumato.data.choice import choose_evenly
 from sfumato.observability.images import grid_image, to_display_rgb
 
 COLUMNS = 10
@@ -34,7 +34,7 @@ def gallery(
         samples, real: (n, C, H, W) in [-1, 1].
         info: what the model knows about its training set.
     """
-    chosen = spread(np.arange(len(samples)), COLUMNS)
+    chosen = choose_evenly(np.arange(len(samples)), COLUMNS)
     factor = max(1, math.ceil(TILE / max(samples.shape[2:])))
     height, width = (factor * side for side in samples.shape[2:])
     drawn = {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sfumato import randomness
 from sfumato.data import Dataset, to_float
+from sfumato.data.choice import choose_evenly
 from sfumato.data.files import cache_folder
 from sfumato.evaluation.coverage import NEIGHBOURS, RealImages
 from sfumato.evaluation.distances import (
@@ -94,7 +95,7 @@ class QualityMeter:
             dataset, network, chosen, on_progress=lambda part: on_progress(0.8 * part)
         )
         self.held_out = real_features(
-            dataset, network, held_out[:MAX_COMPARED],
+            dataset, network, choose_evenly(held_out, MAX_COMPARED),
             on_progress=lambda part: on_progress(0.8 + 0.2 * part),
         )  # fmt: skip
         self.total = len(training)

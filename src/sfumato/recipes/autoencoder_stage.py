@@ -34,6 +34,7 @@ from sfumato.autoencoders import io as autoencoder_files
 from sfumato.autoencoders.discriminator import PatchDiscriminator
 from sfumato.config.bounds import Count
 from sfumato.data import Dataset, PrecomputedLatents, to_float
+from sfumato.data.choice import choose_evenly
 from sfumato.data.files import cache_folder
 from sfumato.errors import ConfigError
 from sfumato.evaluation.distances import FEWEST, frechet_distance
@@ -430,7 +431,7 @@ def _reconstruction_frechet(
     The number of images and the name of the features are returned with it; {} if too few are held
     out.
     """
-    positions = dataset.with_common_shape(dataset.holdout)[:MAX_MEASURED]
+    positions = choose_evenly(dataset.with_common_shape(dataset.holdout), MAX_MEASURED)
     if len(positions) < FEWEST:
         return {}
     pairs: list[tuple[Tensor, Tensor]] = []

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.condition import reorder
 from sfumato.data import Dataset
+from sfumato.data.choice import choose_evenly
 from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES
 from sfumato.errors import RunError
 from sfumato.evaluation.classifier import Classifier
@@ -185,7 +186,7 @@ def _opened(
     network = extractor("auto")
     judge = Judge(
         network=network,
-        held_out=real_features(dataset, network, reference.held_out[:MAX_COMPARED]),
+        held_out=real_features(dataset, network, choose_evenly(reference.held_out, MAX_COMPARED)),
         copies=CopyCounter(dataset),
         labels=labels,
         classifier=None if labels is None else _classifier(pipeline, dataset, seconds, stop),

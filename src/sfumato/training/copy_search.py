@@ -17,6 +17,7 @@ from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Dataset, to_float
+from sfumato.data.choice import choose_evenly
 from sfumato.data.copies import NO_COPY, CopyIndex
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
@@ -54,7 +55,7 @@ class CopyCounter:
         """
         count = total = 0
         for part, grouped in ((self.dataset.holdout, False), (self.dataset.training, True)):
-            positions = self.dataset.with_common_shape(part)[:MAX_REAL]
+            positions = choose_evenly(self.dataset.with_common_shape(part), MAX_REAL)
             if len(positions):
                 groups = self.dataset.clusters[positions] if grouped else None
                 images = to_float(self.dataset.images(positions)[0])
