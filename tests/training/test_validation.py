@@ -234,9 +234,7 @@ def test_validation_compares_different_images_and_guesses_on_the_same_noises() -
         assert figures[f"validation/{name}"] == pytest.approx(0, abs=1e-5)
         for row in figures[f"validation/{which}/bins"]:
             assert row[score] == pytest.approx(0, abs=1e-5)
-    held_out, seen = (
-        each.eps_square for each in (validator.errors(linear), validator.seen_errors(linear))
-    )
+    held_out, seen = (each.eps_square for each in validator.errors(linear))
     assert held_out.shape == (15, 10)
     assert seen.shape == (40, 10)
     logs = [each.mean(1).log() for each in (held_out, seen)]

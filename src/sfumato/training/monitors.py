@@ -128,8 +128,7 @@ class Validator:
         95 % interval, and `validation/adherence/NAME/*`, their error under another image's context
         minus that under its own: above zero as soon as the context steers.
         """
-        held_out, learned = self._sets
-        averaged, seen = self._errors(average, held_out), self._errors(average, learned)
+        held_out, (averaged, seen) = self._sets[0], self.errors(average)
         ratio = error_ratio(averaged.by_image(), seen.by_image(), level=0.95)
         return {
             **{f"validation/ema/{key}": value for key, value in self._summary(averaged).items()},
@@ -156,6 +155,11 @@ class Validator:
     def look_triples(self) -> Triples:
         """The triples of held-out images of a look."""
         return self._look_sets[0].triples
+
+    def errors(self, model: Model) -> tuple[Errors, Errors]:
+        """Return the errors of a model on held-out and on training images, as a validation has them."""
+        held_out, learned = self._sets
+        return self._errors(model, held_out), self._errors(model, learned)
 
     def look_errors(self, model: Model) -> tuple[Errors, Errors]:
         """Return the errors of a model on the held-out and on the training images of a look."""
