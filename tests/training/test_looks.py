@@ -38,7 +38,8 @@ from sfumato.training import (
 )
 from sfumato.training.evidence import Look, error_ratio
 from sfumato.training.looks import Looks
-from sfumato.training.monitors import FEWEST_SEEN, LOOK_BINS, Probe
+from sfumato.training.monitors import FEWEST_SEEN, LOOK_BINS
+from sfumato.training.probe import Probe
 from sfumato.training.stopping import next_mark, verdict
 from tests.helpers.runs import tiny_run
 

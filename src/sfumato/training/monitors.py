@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
-from sfumato.condition import NO_CONDITION, ContextValues, reorder, select_rows, to_device
+from sfumato.condition import NO_CONDITION, to_device
 from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, enumerate_values
 from sfumato.data import Dataset, to_float
@@ -30,14 +30,13 @@ from sfumato.training.denoising_error import (
     Errors,
     Triples,
     difference,
-    make_triples,
     measure,
     summarize,
 )
 from sfumato.training.evidence import error_ratio
 from sfumato.training.loss_mask import loss_weights
+from sfumato.training.probe import Probe, TripleSet
 
-MIN_DRAWS = 25  # of noise a level, over all images
 # of a look: ranges of noise, and the fewest training images beside as many as are held out
 LOOK_BINS, FEWEST_SEEN = 5, 25
 MAX_FILTERED = 1000  # training images that the linear denoiser is estimated from
@@ -171,49 +170,6 @@ class Validator:
         with torch.no_grad():
             condition = model.conditioner(chosen.context, len(chosen.triples.x0))
         return measure(model.denoiser(), chosen.triples, condition, batch_size=self.batch_size)
-
-
-class Probe(NamedTuple):
-    """Images that errors are measured on.
-
-    Attributes:
-        x0: the images or their latents, (P, C, H, W).
-        weights: where errors count, (P, 1, H, W); None for everywhere.
-        context: what the model is told of them.
-    """
-
-    x0: Tensor
-    weights: Tensor | None
-    context: ContextValues
-
-    def triples(
-        self, count: int, *, schedule: Schedule, seed: int, bins: int, most: int
-    ) -> TripleSet:
-        """Return triples of the first images, at most `count`; few images have several a level.
-
-        Args:
-            bins: ranges of noise.
-            most: triples of an image in a range.
-        """
-        x0, first = self.x0[:count], slice(0, count)
-        draws = max(1, min(most, MIN_DRAWS + len(x0) - 1) // len(x0))
-        triples = make_triples(x0, schedule, seed=seed, bins=bins, draws=draws)
-        weights = None if self.weights is None else self.weights[first]
-        return TripleSet(replace(triples, weights=weights), select_rows(self.context, first))
-
-
-class TripleSet(NamedTuple):
-    """Triples of some images, and the contexts of these."""
-
-    triples: Triples
-    context: ContextValues
-
-    def shuffled(self, name: str) -> TripleSet:
-        """Return the same with each image under one context of the next image."""
-        count = len(self.triples.x0)
-        following = [(i + 1) % count for i in range(count)]
-        changed = reorder({name: self.context[name]}, following)
-        return TripleSet(self.triples, {**self.context, **changed})
 
 
 def spread(
