@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 
 from sfumato import __version__
@@ -126,10 +127,11 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
     with directory.locked():
         trainer = _restore_trainer(directory, overrides)
         step = trainer.state.counters.step
+        limits = [name for name, most in asdict(trainer.config.budget).items() if most is not None]
         if trainer.finished and directory.status().get("state") == "finished":
             console().print(
                 f"finished already, at step {step}; to go on, raise its budget: sfumato resume "
-                f"{path} budget.minutes=..."
+                f"{path} budget.{limits[0]}=..."
             )
             return directory.path
         console().print(f"resuming at step {step}")
