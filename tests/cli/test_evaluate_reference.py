@@ -136,6 +136,17 @@ def test_a_reference_that_does_not_do_is_refused(
     assert not (place / "generated").exists()
 
 
+def test_one_caption_stands_for_images_that_have_none(place: Path, model: Path) -> None:
+    reference = photos(place / "photos", captions=False)
+    words = ("--caption", "a photo of sks dog")
+    result = cli.sfumato("evaluate", model, "--reference", reference, *words, *FEW)
+    assert result.code == 0, result.err
+    assert "all prompts are the same" in result.out + result.err
+    refused = cli.sfumato("evaluate", model, *words)
+    assert refused.code == 2
+    assert "--reference" in refused.err
+
+
 def test_a_run_is_compared_with_other_images_of_its_categories(place: Path) -> None:
     import sfumato
     from sfumato.training import Budget
