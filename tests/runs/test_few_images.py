@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato.contexts import ContextConfig
-from sfumato.data import Folder
+from sfumato.data import Folder, index
 from sfumato.errors import CheckpointError
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
@@ -175,3 +176,19 @@ def test_given_images_that_the_model_cannot_read_are_refused_before_work(
     assert result.code == 2
     assert "of the category dogs, which the model does not have" in result.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("count", "holdout"), [(20, None), (20, "0"), (60, "0.5"), (120, None)])
+def test_each_image_that_is_trained_on_is_seen_a_hundred_times(
+    base: Path, tmp_path: Path, count: int, holdout: str | None
+) -> None:
+    photos = images(tmp_path / "set", count=count)
+    overrides = [] if holdout is None else [f"data.holdout={holdout}"]
+    chosen = choose_finetuning(base, str(photos), overrides)
+    run = chosen.resolved(overrides).run
+    trained = len(index(run.data).training)
+    views = run.budget.steps * run.batch_size / trained
+    # which images are held out is decided one by one, so that their number is only about right
+    assert views == pytest.approx(100, rel=0.15)
+    (said,) = re.findall(r"each image is seen about (\d+) times", " ".join(chosen.lines))
+    assert int(said) == pytest.approx(views, rel=0.15)
