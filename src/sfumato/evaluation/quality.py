@@ -21,7 +21,12 @@ from sfumato import randomness
 from sfumato.data import Dataset, to_float
 from sfumato.data.choice import choose_evenly
 from sfumato.data.files import cache_folder
-from sfumato.evaluation.coverage import NEIGHBOURS, RealImages
+from sfumato.evaluation.coverage import (
+    MANIFOLD_NEIGHBOURS,
+    NEIGHBOURS,
+    Manifold,
+    RealImages,
+)
 from sfumato.evaluation.distances import (
     FRECHET_IMAGES_PER_DIMENSION,
     DistanceEstimate,
@@ -51,6 +56,8 @@ class Quality:
             nearer to the training images than to new ones.
         good: share of images that lie where real ones do (clipped density).
         variety: share of the variety of real images that they cover (clipped coverage).
+        precision, recall: share of images among the training images, and the reverse; biased for
+            few images.
         frechet: to training images.
     """
 
@@ -59,6 +66,8 @@ class Quality:
     kid_difference: Figure | None
     good: Figure | None
     variety: Figure | None
+    precision: Figure | None
+    recall: Figure | None
     frechet: Figure | None
 
     def figures(self) -> dict[str, Figure | None]:
@@ -103,6 +112,7 @@ class QualityMeter:
         self._training = KernelReference(compared) if len(compared) >= FEWEST else None
         self._held_out = KernelReference(self.held_out) if len(self.held_out) >= FEWEST else None
         self._real = RealImages(compared) if len(compared) > NEIGHBOURS else None
+        self._manifold = Manifold(compared) if len(compared) > MANIFOLD_NEIGHBOURS else None
 
     def features(self, images: Tensor) -> Tensor:
         """Return features (n, d) of images in [-1, 1]."""
@@ -124,12 +134,15 @@ class QualityMeter:
         few = features[:MAX_SAMPLES]
         kernels = self._kernel_figures(few, held_out, self._training)
         good, variety = self._coverage(few)
+        precision, recall = self._precision_recall(few)
         return Quality(
             kid_held_out=kernels[0],
             kid_training=kernels[1],
             kid_difference=kernels[2],
             good=good,
             variety=variety,
+            precision=precision,
+            recall=recall,
             frechet=self._frechet(features),
         )
 
@@ -173,6 +186,21 @@ class QualityMeter:
         return (
             self._figure(result.good, len(features), "share that looks real", words),
             self._figure(result.variety, len(features), "share of the variety covered", words),
+        )
+
+    def _precision_recall(self, features: Tensor) -> tuple[Figure | None, Figure | None]:
+        if self._manifold is None or len(features) <= MANIFOLD_NEIGHBOURS:
+            return None, None
+        real = self._manifold.centres
+        words = {
+            "extractor": self.network.name,
+            "reference": f"{len(real):,} {self._training_name} images",
+        }
+        return (
+            Figure.proportion(
+                self._manifold.contains(features), metric="precision (k = 3)", **words
+            ),
+            Figure.proportion(Manifold(features).contains(real), metric="recall (k = 3)", **words),
         )
 
     def _frechet(self, features: Tensor) -> Figure | None:

@@ -15,15 +15,20 @@ from torch.nn import functional as F
 
 from sfumato.errors import CheckpointError
 
+LEAST_SIDE = 64
+
 
 class Features(Protocol):
     """A frozen network that extracts features of images.
 
     Attributes:
         name: the name that is reported with metrics.
+        least_side: pixels that the shorter side of an image is enlarged to, since networks that were
+            trained on large images make little of small ones.
     """
 
     name: str
+    least_side: int
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """Return feature maps (B, c, h, w), from fine to coarse.
@@ -55,6 +60,7 @@ class RandomFeatures(nn.Module):
     """Convolutions with fixed random weights: the fallback if no trained network is available."""
 
     name = "random features"
+    least_side = LEAST_SIDE
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
         super().__init__()
@@ -110,6 +116,7 @@ class EfficientNetLite0(nn.Module):
     """
 
     name = "EfficientNet-Lite0 (ImageNet)"
+    least_side = LEAST_SIDE
     _STAGES = (  # expansion, kernel, stride, channels, repeats
         (1, 3, 1, 16, 1),
         (6, 3, 2, 24, 2),
@@ -220,6 +227,7 @@ class Lpips(nn.Module):
     """
 
     name = "LPIPS (VGG-16)"
+    least_side = LEAST_SIDE
     shift: Tensor
     scale: Tensor
     # convolutions in torchvision's `vgg16().features`
@@ -284,6 +292,7 @@ class VisionTransformer(nn.Module):
         name: the name that is reported with metrics.
     """
 
+    least_side = LEAST_SIDE
     shift: Tensor
     scale: Tensor
 
