@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from safetensors.torch import save_file
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from sfumato.errors import CheckpointError
+from sfumato.errors import CheckpointError, ConfigError
 from sfumato.evaluation.coverage import Manifold
+from sfumato.evaluation.distances import Moments
 from sfumato.evaluation.extractors import extractor, pooled
+from sfumato.evaluation.statistics import ReferenceStatistics
 from sfumato.networks.inception import InceptionV3, inception_v3, resized
 
 
@@ -93,3 +96,38 @@ def test_precision_and_recall_are_those_of_nearest_neighbours(shift: float) -> N
         np.testing.assert_array_equal(found, (distances <= radii).any(1))
     if shift == 5:
         assert not found.any()
+
+
+def test_statistics_are_read_back_and_others_are_refused(tmp_path: Path) -> None:
+    moments = Moments.of(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)))
+    path = tmp_path / "statistics.npz"
+    ReferenceStatistics(moments=moments, name="mine").save(path)
+    read = ReferenceStatistics.read(path, dimensions=3).moments
+    assert torch.equal(read.mean, moments.mean)
+    assert torch.equal(read.covariance, moments.covariance)
+    with pytest.raises(ConfigError, match="is of 3 features, and the network has 2048"):
+        ReferenceStatistics.read(path, dimensions=2048)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"mean": np.zeros(3)}, "holds no reference statistics"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((3, 2))}, "holds mu .3,. and sigma .3, 2."),
+        ({"mu": np.zeros(()), "sigma": np.zeros(())}, "holds mu .. and sigma .."),
+        ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "not finite"),
+        ({"mu": np.array([{}, {}]), "sigma": np.eye(2)}, "holds no reference statistics"),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "holds no reference statistics"),
+        (None, "holds no reference statistics"),
+    ],
+)
+def test_what_holds_no_statistics_is_refused(
+    tmp_path: Path, arrays: dict[str, Any] | None, sentence: str
+) -> None:
+    path = tmp_path / "other.npz"
+    if arrays is None:
+        path.write_bytes(b"<html>")
+    else:
+        np.savez(path, **arrays)
+    with pytest.raises(CheckpointError, match=sentence):
+        ReferenceStatistics.read(path, dimensions=2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from sfumato.evaluation import extractors, report
 from sfumato.evaluation.classifier import Classifier, train_classifier
 from sfumato.evaluation.fidelity import choose_conditions, choose_reference
 from sfumato.evaluation.report import EvaluationReport, evaluate_pipeline, fidelity_table
+from sfumato.evaluation.statistics import ReferenceStatistics
 from sfumato.generation.request import ResolvedRequest
 from tests.helpers.image_sets import dataset_of, photographs
 
@@ -255,7 +257,7 @@ def test_any_number_of_channels(channels: int) -> None:
 
 
 def test_a_frechet_distance_is_given_from_ten_images_for_each_dimension(
-    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     dataset = of_digits(digits, 200, 60)
     monkeypatch.setattr("sfumato.evaluation.quality.FRECHET_IMAGES_PER_DIMENSION", 1)
@@ -266,6 +268,14 @@ def test_a_frechet_distance_is_given_from_ten_images_for_each_dimension(
     assert [row["frechet"] is None for row in plain["rows"]] == [True, False, False]
     assert "FID" in fidelity_table(result.fidelity)
     assert not any("Fréchet" in remark for remark in plain["remarks"])
+    # the same from the file of statistics, whatever set is at hand
+    result.save(tmp_path / "evaluation.json")
+    statistics = ReferenceStatistics.read(tmp_path / "statistics.npz", dimensions=128)
+    few = of_digits(digits, 60, 60)
+    again = check(evaluate_pipeline(Fake(dataset), few, num=128, statistics=statistics))
+    found, expected = again["rows"][2]["frechet"], plain["rows"][2]["frechet"]
+    assert found["value"] == pytest.approx(expected["value"], rel=1e-9)
+    assert found["reference"] == "the statistics statistics.npz"
 
 
 def test_features_of_real_images_are_computed_once(

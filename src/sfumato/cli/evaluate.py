@@ -55,6 +55,15 @@ def evaluate(
         str,
         typer.Option(metavar="NETWORK", help=FEATURES_HELP),
     ] = "auto",
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="Mean and covariance (mu, sigma) that the Fréchet distance compares with, as "
+            "pytorch-fid and ADM's evaluation share them; by default those of the training images, "
+            "which are written beside the figures.",
+        ),
+    ] = None,
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Precision inside the network.")
     ] = "float32",
@@ -94,6 +103,7 @@ def evaluate(
             guidance=guidance or (),
             seed=seed,
             features=features,
+            statistics=statistics,
             precision=precision,
             compile=compile,
             on_progress=bar.update,

@@ -42,34 +42,54 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     Source: Heusel et al. 2017 (arXiv:1706.08500), eq. 6.
     """
-    return _frechet_distance_to(b)(a)
+    return _frechet_distance_to(Moments.of(b))(a)
+
+
+class Moments(NamedTuple):
+    """Mean (d,) and covariance (d, d) of features, in float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Return the moments of features (n, d)."""
+        features = features.double()
+        return cls(features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1))
 
 
 def frechet_interval(
     a: Tensor, b: Tensor, *, resamples: int = 20, seed: int = 0
 ) -> DistanceEstimate:
-    """Return the Fréchet distance (FID) with a bootstrap interval over the first set, the samples.
+    """Do as `frechet_interval_to`, with the moments of features (m, d)."""
+    return frechet_interval_to(a, Moments.of(b), resamples=resamples, seed=seed)
+
+
+def frechet_interval_to(
+    a: Tensor, reference: Moments, *, resamples: int = 20, seed: int = 0
+) -> DistanceEstimate:
+    """Return the Fréchet distance (FID) of samples (n, d) with a bootstrap interval over them.
 
     The reference is not resampled. A resample has fewer different images, which alone makes the
     distance larger; so the spread of the resamples is put around the distance itself.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = [torch.randint(len(a), (len(a),), generator=generator) for _ in range(resamples)]
-    distance = _frechet_distance_to(b)
+    distance = _frechet_distance_to(reference)
     spread, value = float(torch.tensor([distance(a[rows]) for rows in chosen]).std()), distance(a)
     return DistanceEstimate(value, value - 1.96 * spread, value + 1.96 * spread)
 
 
-def _frechet_distance_to(b: Tensor) -> Callable[[Tensor], float]:
-    """Return the Fréchet distance as a function of the first set; what depends on `b` alone is
-    computed once.
+def _frechet_distance_to(reference: Moments) -> Callable[[Tensor], float]:
+    """Return the Fréchet distance as a function of the first set; what depends on the reference
+    alone is computed once.
     """
-    mean, covariance = _moments(b)
+    mean, covariance = reference
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def distance(a: Tensor) -> float:
-        other_mean, other = _moments(a)
+        other_mean, other = Moments.of(a)
         # Tr (S_a S_b)^(1/2) = Tr (S_b^(1/2) S_a S_b^(1/2))^(1/2), whose argument is symmetric and
         # positive.
         cross = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
@@ -77,12 +97,6 @@ def _frechet_distance_to(b: Tensor) -> Callable[[Tensor], float]:
         return max(0.0, float(value))
 
     return distance
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean (d,) and the covariance (d, d), in float64."""
-    features = features.double()
-    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:

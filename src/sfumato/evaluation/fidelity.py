@@ -26,6 +26,7 @@ from sfumato.evaluation.memorization import CopyMeter, Memorization
 from sfumato.evaluation.quality import QualityMeter, dimensions
 from sfumato.evaluation.rows import Evaluation, FidelityRow, Reference
 from sfumato.evaluation.sentences import describe, remarks_on
+from sfumato.evaluation.statistics import ReferenceStatistics
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 
@@ -56,6 +57,7 @@ def evaluate(
     guidances: Sequence[float] = (1.0,),
     seed: int = 1,
     features: str = "auto",
+    statistics: ReferenceStatistics | None = None,
     classifier: Classifier | None = None,
     compared_with: str = "training",
     on_samples: Callable[[float, Tensor, Memorization], None] | None = None,
@@ -69,6 +71,7 @@ def evaluate(
 
     Args:
         features: the network in whose features images are compared; see `extractors.extractor`.
+        statistics: what the Fréchet distance compares with; by default the training images.
         classifier: of the categories, by which samples are read; without one they are not.
         compared_with: what the training images are called.
         on_samples: called with each scale, its images in [0, 1] and how near these are to training
@@ -85,6 +88,7 @@ def evaluate(
         training=reference.training,
         held_out=reference.held_out,
         frechet=num >= FRECHET_IMAGES_PER_DIMENSION * dimensions(network),
+        statistics=statistics,
         name=compared_with,
         on_progress=lambda part: on_progress(
             INDEX_FRACTION * (1 + part), "extracting features of the real images"
@@ -117,7 +121,12 @@ def evaluate(
             *remarks_on(dataset, reference, quality, rows, compared_with),
         ],
         compared_with=compared_with,
+        statistics=quality.statistics if any(_has_frechet(row) for row in rows) else None,
     )
+
+
+def _has_frechet(row: FidelityRow) -> bool:
+    return row.quality is not None and row.quality.frechet is not None
 
 
 def _row_at(rows: Sequence[FidelityRow], guidances: Sequence[float], default: float) -> FidelityRow:

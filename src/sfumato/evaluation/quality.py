@@ -9,6 +9,7 @@ import hashlib
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -31,11 +32,13 @@ from sfumato.evaluation.distances import (
     FRECHET_IMAGES_PER_DIMENSION,
     DistanceEstimate,
     KernelReference,
+    Moments,
     compare_kernels,
-    frechet_interval,
+    frechet_interval_to,
 )
 from sfumato.evaluation.extractors import pooled
 from sfumato.evaluation.figures import Figure
+from sfumato.evaluation.statistics import ReferenceStatistics
 from sfumato.networks.perceptual import Features
 
 FEWEST = 2  # images on either side of a kernel distance
@@ -82,6 +85,7 @@ class QualityMeter:
         network: the frozen network.
         training, held_out: positions of the real images, all of one shape.
         frechet: whether a Fréchet distance may be wanted, for which more images are read.
+        statistics: what the Fréchet distance compares with; by default the training images.
         name: what the training images are called.
         on_progress: called with the fraction of the real images whose features are computed.
     """
@@ -94,12 +98,14 @@ class QualityMeter:
         training: NDArray[np.int64],
         held_out: NDArray[np.int64],
         frechet: bool = False,
+        statistics: ReferenceStatistics | None = None,
         name: str = "training",
         on_progress: Callable[[float], None] = lambda fraction: None,
     ) -> None:
         self.network, self.name = network, name
         order = randomness.permutation(0, "evaluation", index=0, size=len(training))
-        chosen = training[order][: MAX_FRECHET if frechet else MAX_COMPARED]
+        many = frechet and statistics is None
+        chosen = training[order][: MAX_FRECHET if many else MAX_COMPARED]
         self.training = real_features(
             dataset, network, chosen, on_progress=lambda part: on_progress(0.8 * part)
         )
@@ -107,7 +113,7 @@ class QualityMeter:
             dataset, network, choose_evenly(held_out, MAX_COMPARED),
             on_progress=lambda part: on_progress(0.8 + 0.2 * part),
         )  # fmt: skip
-        self.total = len(training)
+        self.total, self._statistics = len(training), statistics
         compared = self.training[:MAX_COMPARED]
         self._training = KernelReference(compared) if len(compared) >= FEWEST else None
         self._held_out = KernelReference(self.held_out) if len(self.held_out) >= FEWEST else None
@@ -204,12 +210,21 @@ class QualityMeter:
         )
 
     def _frechet(self, features: Tensor) -> Figure | None:
-        fewest = FRECHET_IMAGES_PER_DIMENSION * features.shape[1]
-        if min(len(features), len(self.training)) < fewest:
+        if len(features) < FRECHET_IMAGES_PER_DIMENSION * features.shape[1]:
             return None
-        estimate = frechet_interval(features, self.training)
-        words = f"{len(self.training):,} of {self.total:,} {self.name} images"
-        return self._figure(estimate, len(features), FRECHET, words)
+        if self.statistics is None:
+            return None
+        estimate = frechet_interval_to(features, self.statistics.moments)
+        return self._figure(estimate, len(features), FRECHET, self.statistics.name)
+
+    @cached_property
+    def statistics(self) -> ReferenceStatistics | None:
+        """What the Fréchet distance compares with; None for too few training images."""
+        fewest = FRECHET_IMAGES_PER_DIMENSION * self.training.shape[1]
+        if self._statistics is not None or len(self.training) < fewest:
+            return self._statistics
+        name = f"{len(self.training):,} of {self.total:,} {self.name} images"
+        return ReferenceStatistics(moments=Moments.of(self.training), name=name)
 
     def _figure(self, estimate: DistanceEstimate, n: int, metric: str, reference: str) -> Figure:
         return estimate.figure(n=n, metric=metric, extractor=self.network.name, reference=reference)

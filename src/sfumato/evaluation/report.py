@@ -28,10 +28,12 @@ from sfumato.evaluation.figures import Figure, percent, wilson
 from sfumato.evaluation.gallery import gallery
 from sfumato.evaluation.memorization import Memorization
 from sfumato.evaluation.rows import Evaluation, FidelityRow
+from sfumato.evaluation.statistics import ReferenceStatistics
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.images import Alpha, grid_image, save_png
 from sfumato.observability.tables import format_table
 
+STATISTICS = "statistics.npz"  # of the reference of the Fréchet distance
 NUM_PAIRS = 10  # of samples with their nearest training images
 ProgressCallback = Callable[[float, str], None]
 
@@ -103,10 +105,12 @@ class EvaluationReport:
         return "\n".join(parts)
 
     def save(self, path: Path) -> None:
-        """Write the metrics to a JSON file, and the images into its folder."""
+        """Write the metrics to a JSON file, and images and reference statistics into its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         for name, image in self.images.items():
             save_png(image, path.parent / name)
+        if self.fidelity.statistics is not None:
+            self.fidelity.statistics.save(path.parent / STATISTICS)
         path.write_text(self.json())
 
 
@@ -118,6 +122,7 @@ def evaluate_pipeline(
     guidance: Sequence[float] = (),
     seed: int = 1,
     features: str = "auto",
+    statistics: ReferenceStatistics | None = None,
     compared_with: str = "training",
     on_progress: ProgressCallback = lambda fraction, text: None,
 ) -> EvaluationReport:
@@ -129,6 +134,7 @@ def evaluate_pipeline(
             composition are measured at the largest.
         seed: seed of the generated images.
         features: the network in whose features images are compared; see `extractors.extractor`.
+        statistics: what the Fréchet distance compares with; by default the training images.
         compared_with: what the images that the dataset trains on are called.
         on_progress: called with the fraction that is done, and a description of the current part.
     """
@@ -155,6 +161,7 @@ def evaluate_pipeline(
         guidances=scales,
         seed=seed,
         features=features,
+        statistics=statistics,
         compared_with=compared_with,
         on_progress=_part(on_progress, 0.1, 0.5),
         classifier=classifier,

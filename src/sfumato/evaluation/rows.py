@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sfumato.evaluation.figures import Figure
 from sfumato.evaluation.memorization import Memorization
 from sfumato.evaluation.quality import Quality
+from sfumato.evaluation.statistics import ReferenceStatistics
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,6 +57,7 @@ class Evaluation:
         sentences: what the figures say on copies and on quality.
         remarks: sentences on the reliability of the figures.
         compared_with: what the training images are called, if they are not those of the model.
+        statistics: what the Fréchet distances compare with, where there are any.
     """
 
     extractor: str
@@ -65,6 +67,7 @@ class Evaluation:
     sentences: Sequence[str]
     remarks: Sequence[str]
     compared_with: str = "training"
+    statistics: ReferenceStatistics | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return the figures as plain data, for JSON."""

@@ -13,7 +13,9 @@ from sfumato.data import Dataset, source_at
 from sfumato.data.dataset_diff import changes
 from sfumato.errors import ConfigError, DataError, RunError
 from sfumato.evaluation.extractors import extractor
+from sfumato.evaluation.quality import dimensions
 from sfumato.evaluation.report import EvaluationReport, evaluate_pipeline
+from sfumato.evaluation.statistics import ReferenceStatistics
 from sfumato.foreign_models import is_pipeline_folder
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import require_context
@@ -45,6 +47,7 @@ def evaluate_run(
     guidance: Sequence[float] = (),
     seed: int = 1,
     features: str = "auto",
+    statistics: Path | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
     compile: bool = False,
     on_progress: Callable[[float, str], None] = lambda fraction, text: None,
@@ -63,6 +66,8 @@ def evaluate_run(
         loras: LoRA files with their strengths, which are added to the model.
         partial: whether tensors of these files that fit no layer are left out.
         num, guidance, seed, features, on_progress: see `sfumato.evaluation.evaluate_pipeline`.
+        statistics: a .npz file of reference statistics, which the Fréchet distance compares with
+            instead of the training images.
         precision: precision inside the network.
         compile: whether to compile the network first.
         before_work: called once the model is known to exist.
@@ -74,7 +79,12 @@ def evaluate_run(
     """
     folder = model_folder(path, variant=variant, like=like)
     settings = _settings(folder, reference, caption=caption, variant=variant)
-    extractor(features)  # refuses what cannot be read before images are generated
+    network = extractor(features)  # refuses what cannot be read before images are generated
+    known = (
+        None
+        if statistics is None
+        else ReferenceStatistics.read(statistics, dimensions=dimensions(network))
+    )
     before_work()
     pipeline = loading.load(folder, precision=precision, variant=variant)
     for file, strength in loras:
@@ -98,6 +108,7 @@ def evaluate_run(
         guidance=guidance,
         seed=seed,
         features=features,
+        statistics=known,
         compared_with="training" if reference is None else "reference",
         on_progress=on_progress,
     )
