@@ -62,4 +62,6 @@ print(f"mean brightness: {small.mean():.3f} with radius 1.2, {large.mean():.3f} 
 
 figures = evaluate(pipeline, index(run.data, annotations=run.conditioner.names), num=20)
 for row in figures.rows:
-    print(f"{row.name}: distance to the nearest training image {row.nearest:.2f}")
+    nearest = row.memorization.nearest
+    if nearest is not None:
+        print(f"{row.name}: distance to the nearest training image {nearest.value:.2f}")
