@@ -89,7 +89,8 @@ def chart(
     if not xs or not ys:
         return ""
     x_axis = Axis(min(xs), max(xs) + (max(xs) == min(xs)), LEFT, WIDTH - RIGHT, log=log_x)
-    round_ys = ticks(min(0.0, *ys), max(ys))
+    # of values that are all 0, the axis begins there too
+    round_ys = ticks(min(0.0, *ys), max(ys) if any(ys) else 1.0)
     top = TOP + (STRIP + 6 if states else 0)
     y_axis = Axis(round_ys[0], round_ys[-1], HEIGHT - BOTTOM, top)
     parts = [*_grid(x_axis, y_axis, top), *(_stretch(state, x_axis) for state in states)]
