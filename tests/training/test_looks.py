@@ -38,7 +38,7 @@ from sfumato.training import (
 )
 from sfumato.training.evidence import Look, error_ratio
 from sfumato.training.looks import Looks
-from sfumato.training.monitors import FEWEST_SEEN, LOOK_BINS
+from sfumato.training.monitors import FEWEST_SEEN, LOOK_BINS, Validator
 from sfumato.training.probe import Probe
 from sfumato.training.stopping import next_mark, verdict
 from tests.helpers.runs import tiny_run
@@ -274,3 +274,30 @@ def test_a_look_meets_as_many_training_as_held_out_images(held_out: int, seen: i
     assert chosen.context["category"].tolist() == list(range(seen))
     few = probe.triples(2, **settings).triples
     assert len(few) == 2 * 5 * 13  # at least 25 noises a level
+
+
+def test_looks_meet_fewer_images_where_predictions_are_slow(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sfumato.training.looks.FREE_S", 60.0)
+    monkeypatch.setattr(Validator, "prediction_s", lambda self, model: 0.03)
+    run = train(memorizing(folder, budget=Budget(steps=12)), run=tmp_path / "run")
+    assert {(len(look.held_out), len(look.seen)) for look in looks_of(run)} == {(15, 15)}
+    assert "looks meet 15 of 20 held-out images" in capsys.readouterr().err
+    monkeypatch.setattr(Validator, "prediction_s", lambda self, model: 1e-9)
+    resume(run, overrides=["budget.steps=16"])
+    assert {(len(look.held_out), len(look.seen)) for look in looks_of(run)} == {(15, 15)}
+    assert len(looks_of(run)) > 4
+
+
+def test_errors_on_fewer_images_are_the_same(folder: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(folder, tmp_path / "run", bins=5, samples=200)
+    validator, average = trainer.task.validator, trainer.state.average
+    whole = validator.look_errors(average)
+    validator.look_images = 12
+    assert len(validator.look_triples) == 12 * 5 * 2  # two noises a level, as before
+    for few, all_of_them in zip(validator.look_errors(average), whole, strict=True):
+        torch.testing.assert_close(few.eps_square, all_of_them.eps_square[:12])

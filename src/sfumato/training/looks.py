@@ -18,8 +18,9 @@ from sfumato.training.best_weights import keep_best, step_of
 from sfumato.training.copy_search import CopySearch
 from sfumato.training.evidence import Look
 from sfumato.training.hooks import Hook, Session
-from sfumato.training.monitors import Validator
+from sfumato.training.monitors import LOOK_BINS, Validator
 from sfumato.training.stopping import (
+    FEWEST_HELD_OUT,
     HARMFUL,
     STOP_AT,
     State,
@@ -36,6 +37,7 @@ SHARE, FREE_S = 0.05, 10.0  # of the training time that looks may take, and seco
 # views from which copies are searched: at each doubling from the first, at the end from the second
 MIN_VIEWS, MIN_LAST_VIEWS = 8.0, 2.0
 MIN_LOOKS = 8  # however long they take
+ERRORS_SHARE = 0.6  # of the time of looks, for errors; the rest is for samples
 WATCHED = 1.1  # ratio of held-out to training errors from which no look is left out
 
 
@@ -60,7 +62,7 @@ class Looks(Hook):
         self.directory = directory
         self._looks: list[Look] | None = None
         self._state: State | None = None
-        self._sample_s = 0.0
+        self._sample_s, self._fitted = 0.0, False
 
     def looks(self, trainer: Trainer) -> list[Look]:
         """Return the looks up to the step that the trainer has reached."""
@@ -124,6 +126,8 @@ class Looks(Hook):
         """Measure errors, and what the base of a fine-tuning says to them."""
         step, held_out, seen, base = trainer.state.counters.step, None, None, None
         if self.validator is not None:
+            if not self._fitted:
+                self._fit(self.validator, trainer, average, session)
             held_out, seen = self.validator.look_errors(average)
         if self.comparison is not None:
             base, figures = self.comparison.compare(average, held_out)
@@ -135,6 +139,27 @@ class Looks(Hook):
             seen=() if seen is None else tuple(seen.by_image().tolist()),
             base=base,
         )
+
+    def _fit(
+        self, validator: Validator, trainer: Trainer, average: Model, session: Session
+    ) -> None:
+        """Let looks meet so few images that MIN_LOOKS of them fit into their time.
+
+        A run that is resumed goes on with as many as before.
+        """
+        self._fitted, looks = True, self.looks(trainer)
+        if looks:
+            validator.look_images = max(len(looks[0].held_out), len(looks[0].seen))
+            return
+        look_s = ERRORS_SHARE * self._allowed_s(trainer) / MIN_LOOKS
+        most = int(look_s / validator.prediction_s(average) / (2 * LOOK_BINS))
+        whole = len(validator.look_triples.x0)
+        validator.look_images = max(FEWEST_HELD_OUT, most)
+        if validator.look_images < whole:
+            session.bar.say(
+                f"looks meet {validator.look_images} of {whole} held-out images: more would take above "
+                f"{SHARE:.0%} of the time"
+            )
 
     def _with_samples(self, look: Look, trainer: Trainer, looks: list[Look]) -> Look:
         """Return a look with what samples show, if it is time to draw some and they cost little."""

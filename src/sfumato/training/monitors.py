@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -38,7 +39,8 @@ from sfumato.training.loss_mask import loss_weights
 from sfumato.training.probe import Probe, TripleSet
 
 # of a look: ranges of noise, and the fewest training images beside as many as are held out
-LOOK_BINS, FEWEST_SEEN = 5, 25
+LOOK_BINS, FEWEST_SEEN, MAX_LOOK_IMAGES = 5, 25, 10_000
+TIMED = 6  # images by which the time of a prediction is measured
 MAX_FILTERED = 1000  # training images that the linear denoiser is estimated from
 
 
@@ -48,7 +50,12 @@ class Validator:
     Both are at most one image of each group of near-duplicates, spread over the categories.
     Errors count where the masks of the loss are white. A look meets images at fewer levels than a
     validation, since it comes more often.
+
+    Attributes:
+        look_images: the most held-out images of a look, and training images.
     """
+
+    look_images = MAX_LOOK_IMAGES
 
     def __init__(
         self,
@@ -153,7 +160,7 @@ class Validator:
     @property
     def look_triples(self) -> Triples:
         """The triples of held-out images of a look."""
-        return self._look_sets[0].triples
+        return self._look_sets[0].first(self.look_images).triples
 
     def errors(self, model: Model) -> tuple[Errors, Errors]:
         """Return the errors of a model on held-out and on training images, as a validation has them."""
@@ -162,8 +169,16 @@ class Validator:
 
     def look_errors(self, model: Model) -> tuple[Errors, Errors]:
         """Return the errors of a model on the held-out and on the training images of a look."""
-        held_out, learned = self._look_sets
+        held_out, learned = (each.first(self.look_images) for each in self._look_sets)
         return self._errors(model, held_out), self._errors(model, learned)
+
+    def prediction_s(self, model: Model) -> float:
+        """Return about how many seconds a prediction of the network takes."""
+        few = self._look_sets[1].first(TIMED)
+        self._errors(model, few)
+        begun = time.perf_counter()
+        self._errors(model, few)
+        return (time.perf_counter() - begun) / len(few.triples)
 
     def _errors(self, model: Model, chosen: TripleSet) -> Errors:
         model.eval()

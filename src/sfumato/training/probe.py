@@ -49,6 +49,19 @@ class TripleSet(NamedTuple):
     triples: Triples
     context: ContextValues
 
+    def first(self, count: int) -> TripleSet:
+        """Return the triples of the first images, at most `count`; their noises stay the same."""
+        whole, chosen = self.triples, slice(0, count)
+        if count >= len(whole.x0):
+            return self
+        triples = replace(
+            whole,
+            x0=whole.x0[chosen],
+            levels=whole.levels.at(slice(0, count * whole.bins * whole.draws)),
+            weights=None if whole.weights is None else whole.weights[chosen],
+        )
+        return TripleSet(triples, select_rows(self.context, chosen))
+
     def shuffled(self, name: str) -> TripleSet:
         """Return the same with each image under one context of the next image."""
         count = len(self.triples.x0)
