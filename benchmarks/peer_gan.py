@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sfumato.networks import UNetConfig
 from sfumato.training import PowerEMA
-from sfumato.training.ema import update
+from sfumato.training.ema import Pairs, update
 
 NOISE, EMBEDDING = 64, 64
 LEAK = 0.2
@@ -171,6 +171,7 @@ class Gan:
         self.config, self.images, self.labels, self.steps = config, images, labels, steps
         self.generator, self.discriminator = Generator(shape), Discriminator(shape)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
+        self.pairs = Pairs(self.average, self.generator)
         self.noise, self.done = torch.Generator().manual_seed(seed + 1), 0
         self.optimizers = [
             torch.optim.Adam(part.parameters(), lr=config.rate, betas=config.betas)
@@ -206,7 +207,7 @@ class Gan:
         generator_loss.backward()
         of_generator.step()
         self.done += 1
-        update(self.average, self.generator, PowerEMA(0.1), self.done)
+        update(self.pairs, PowerEMA(0.1), self.done)
         return {"discriminator": loss.item(), "generator": generator_loss.item()}
 
     def _fall(self) -> float:

@@ -203,7 +203,7 @@ def test_a_hub_that_refuses_is_quoted_without_the_token(
     monkeypatch.chdir(tmp_path)
     result = sfumato("sample", "owner/gated")
     assert result.code == 2
-    assert "error: owner/gated: cannot be loaded from the hub: OSError: 401 Client" in result.err
+    assert "cannot be loaded from the hub either: OSError: 401 Client Error\n" in result.err
     assert "abcdefghijklmnop" not in result.err
     assert len(result.err.splitlines()) == 2
 
