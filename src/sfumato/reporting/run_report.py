@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from PIL import Image
 
 from sfumato.errors import RunError
 from sfumato.evaluation.figures import wilson
 from sfumato.observability.progress import duration
 from sfumato.reporting.half_run import FILE as HALF_RUN
+from sfumato.reporting.page_images import evaluation_images, image_url, sample_sheets
 from sfumato.reporting.run_charts import run_charts
 from sfumato.reporting.run_files import RunFiles
 from sfumato.reporting.sweep_table import sweep_rows, sweep_tables
@@ -29,8 +28,6 @@ from sfumato.training.stopping import StoppingVerdict
 TEMPLATE = Path(__file__).with_name("report.html")
 EVALUATED = "evaluation"
 EVALUATION = f"{EVALUATED}/evaluation.json"
-MAX_SHEETS, MAX_SIDE, QUALITY = 10, 900, 82  # of images in the page
-SMALL_SIDE = 640  # up to which small images are enlarged
 # what each state means, in a word or two and in a sentence for the head of the page
 HEADLINES = {
     "too early": "Too early to say",
@@ -42,14 +39,6 @@ HEADLINES = {
     "forgetting": "Stop: it forgets what its base knew",
     "converged": "Stop: nothing more is learned",
 }
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A sheet of samples of one step, as a data: URL."""
-
-    step: int
-    source: str
 
 
 @dataclass(frozen=True)
@@ -97,10 +86,10 @@ def report_page(path: Path) -> str:
         state=found.state if found else "none",
         headline=HEADLINES[found.state] if found else "No verdict",
         answers=_answers(files, found),
-        sheets=_sheets(files),
-        real=_image(files.directory.samples / "real.png"),
+        sheets=sample_sheets(files),
+        real=image_url(files.directory.samples / "real.png"),
         charts=run_charts(files),
-        pairs=_evaluation_images(files),
+        pairs=evaluation_images(files, EVALUATED),
         data=files.json("data.json"),
         facts=_facts(files),
         sweep=files.json(files.directory.sweep.name),
@@ -229,43 +218,6 @@ def _enough_images(files: RunFiles, found: StoppingVerdict) -> list[Answer]:
 def _evaluated(evaluation: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{row['name']} {row['n']}" for row in evaluation["rows"])
     return f"features of {evaluation['extractor']}; images: {sizes}"
-
-
-def _sheets(files: RunFiles) -> list[Sheet]:
-    """Return sheets of samples, evenly over the steps that have one, the last included."""
-    paths = sorted(files.directory.samples.glob("step-*/grid.png"))
-    if len(paths) > MAX_SHEETS:
-        last = len(paths) - 1
-        paths = [paths[round(n * last / (MAX_SHEETS - 1))] for n in range(MAX_SHEETS)]
-    return [Sheet(int(path.parent.name.removeprefix("step-")), _image(path)) for path in paths]
-
-
-def _evaluation_images(files: RunFiles) -> list[tuple[str, str]]:
-    """Return the name and the data: URL of each image of a fine-tuning and an evaluation."""
-    root = files.directory.path
-    paths = [
-        *sorted((root / "finetuning").glob("*.png")),
-        *sorted((root / EVALUATED).glob("*.png")),
-    ]
-    return [(path.stem.replace("-", " "), _image(path)) for path in paths]
-
-
-def _image(path: Path) -> str:
-    """Return an image as a data: URL of WebP, without metadata; "" if it cannot be read.
-
-    Small images are enlarged without smoothing, so that each pixel can be seen.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError:
-        return ""
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    factor = max(1, SMALL_SIDE // max(image.size))
-    image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=QUALITY, lossless=factor > 1)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _facts(files: RunFiles) -> list[tuple[str, str]]:
