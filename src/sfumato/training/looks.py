@@ -165,7 +165,7 @@ class Looks(Hook):
         """Return a look with what samples show, if it is time to draw some and they cost little."""
         last = next((look.views for look in reversed(looks) if look.copies is not None), 0.0)
         most = trainer.config.validation.copy_samples
-        left_s = self._allowed_s(trainer) - trainer.state.counters.looks_s
+        left_s = spare_s = self._allowed_s(trainer) - trainer.state.counters.looks_s
         if trainer.finished:  # the last samples say most: they always have half of the time
             needed, numbers = MIN_LAST_VIEWS, [most, most // 3]
             left_s = max(left_s, self._allowed_s(trainer) / 2)
@@ -180,7 +180,7 @@ class Looks(Hook):
         copies = self.search.copies(images)
         taken_s = time.perf_counter() - begun
         self._sample_s = taken_s / num
-        figures = self.search.figures(images, left_s=left_s - taken_s)
+        figures = self.search.figures(images, left_s=min(left_s, spare_s) - taken_s)
         return replace(look, copies=copies, samples=figures)
 
     def _expected_sample_s(self, trainer: Trainer) -> float:
