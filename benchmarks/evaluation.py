@@ -45,9 +45,7 @@ def main() -> None:
     copies.measure(to_float(dataset.images(dataset.holdout).pixels))
     marks["copies"] = time.perf_counter()
     names = list(marks)
-    parts = {
-        name: marks[name] - marks[before] for before, name in itertools.pairwise(names)
-    }
+    parts = {name: marks[name] - marks[before] for before, name in itertools.pairwise(names)}
     report(
         {
             "machine": machine(),
