@@ -148,6 +148,18 @@ def test_one_caption_stands_for_images_that_have_none(place: Path, model: Path) 
     assert "--reference" in refused.err
 
 
+def test_a_file_that_holds_no_statistics_is_refused_before_any_work(
+    place: Path, model: Path
+) -> None:
+    reference, file = photos(place / "photos"), place / "other.npz"
+    file.write_bytes(b"<html>")
+    result = cli.sfumato("evaluate", model, "--reference", reference, "--statistics", file, *FEW)
+    assert result.code == 2
+    assert "other.npz: holds no reference statistics" in result.err
+    assert "mu (d,) and sigma (d, d)" in result.err
+    assert not (place / "generated").exists()
+
+
 def test_a_run_is_compared_with_other_images_of_its_categories(place: Path) -> None:
     import sfumato
     from sfumato.training import Budget

@@ -79,12 +79,7 @@ def evaluate_run(
     """
     folder = model_folder(path, variant=variant, like=like)
     settings = _settings(folder, reference, caption=caption, variant=variant)
-    network = extractor(features)  # refuses what cannot be read before images are generated
-    known = (
-        None
-        if statistics is None
-        else ReferenceStatistics.read(statistics, dimensions=dimensions(network))
-    )
+    known = _statistics(statistics, features)  # refuses before images are generated
     before_work()
     pipeline = loading.load(folder, precision=precision, variant=variant)
     for file, strength in loras:
@@ -116,6 +111,14 @@ def evaluate_run(
         fidelity = replace(report.fidelity, remarks=(*added, *report.fidelity.remarks))
         report = replace(report, fidelity=fidelity)
     return report, remarks
+
+
+def _statistics(path: Path | None, features: str) -> ReferenceStatistics | None:
+    """Read the reference statistics, if any are given, and the network that they must be of."""
+    network = extractor(features)
+    if path is None:
+        return None
+    return ReferenceStatistics.read(path, dimensions=dimensions(network))
 
 
 def evaluation_folder(
