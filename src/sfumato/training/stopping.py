@@ -152,8 +152,7 @@ def verdict(looks: Sequence[Look]) -> StoppingVerdict:
     """Return what at least one look says.
 
     What says stop must hold at two looks in a row, or be a sure rise where the ratio leans too.
-    Copying comes before forgetting, that before
-    overfitting, and that before a ratio that leans to it.
+    Copying comes before forgetting, that before overfitting, and that before a ratio that leans to it.
     """
     now, found = looks[-1], rules(looks)
     kept = best(looks)
