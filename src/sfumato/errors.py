@@ -78,6 +78,12 @@ class DivergedError(SfumatoError):
     exit_code = 3
 
 
+class UnsavedError(SfumatoError):
+    """A training whose last checkpoint could not be written."""
+
+    exit_code = 74  # EX_IOERR of sysexits.h
+
+
 class OutputError(SfumatoError):
     """A file or folder that cannot be written to, or that holds what must not be replaced."""
 

@@ -7,8 +7,11 @@ needs the file locks of Linux and macOS (use WSL). Windows is simulated by tests
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import threading
+import zlib
+from functools import lru_cache
 from typing import IO, Any
 
 try:
@@ -22,13 +25,38 @@ _READING = threading.Lock()
 
 
 def lock_file(file: IO[str]) -> None:
-    """Take the exclusive lock of an open file; it goes when the file is closed or the process ends.
+    """Take the exclusive lock of an open file; it goes when this process closes the file or ends.
+
+    Processes that it forks do not inherit the lock, so that those that read data ahead do not hold
+    it after the main process was killed. Within one process it does not exclude a second opening.
 
     Raises:
         BlockingIOError: if another process holds it.
         OSError: if the file system has no locks.
     """
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except PermissionError as error:  # EACCES, as some systems say
+        raise BlockingIOError(error.errno, error.strerror) from None
+
+
+@lru_cache
+def host_id() -> str:
+    """Return eight hexadecimal digits that stand for this machine's name."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this machine exists; True if that cannot be told."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
@@ -45,6 +73,18 @@ def total_memory() -> int:
     if not hasattr(os, "sysconf"):
         return int(_psutil().virtual_memory().total)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory a process can still take; where unknown, those of the machine."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    return total_memory() if hasattr(os, "sysconf") else int(_psutil().virtual_memory().available)
 
 
 def peak_memory() -> int:
@@ -64,6 +104,15 @@ def sync(path: os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is not enough memory, of the machine or of a GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _psutil() -> Any:

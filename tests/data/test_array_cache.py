@@ -247,7 +247,7 @@ def test_damaged_groups_of_duplicates_are_found_again(
 ) -> None:
     put(photos, {"copy.png": image(3)})
     before = opened(photos)
-    (kept,) = home.glob("clusters/*.npy")
+    (kept,) = home.glob("clusters/*.npz")
     kept.write_bytes(data)
     after = opened(photos)
     assert (after.clusters == before.clusters).all()

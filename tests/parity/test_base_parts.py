@@ -21,6 +21,7 @@ from sfumato.runs.preparation import prepare
 from sfumato.runs.training import build_trainer
 from sfumato.storage import checkpoint
 from sfumato.storage.base_parts import PARTS, weights_digest
+from sfumato.storage.manifest import file_digest
 from sfumato.storage.run_directory import RunDirectory
 from tests.helpers.diffusers_models import stable_diffusion, stable_diffusion_xl
 from tests.parity.test_finetune import SHORT, photos
@@ -127,7 +128,7 @@ def test_a_changed_part_is_refused_and_named_and_older_runs_open(
     path.write_text(json.dumps({key: value for key, value in state.items() if key != PARTS}))
     manifest["files"]["state.json"] = {
         "bytes": path.stat().st_size,
-        "sha256": checkpoint._digest(path),
+        "sha256": file_digest(path),
     }
     (newest / "manifest.json").write_text(json.dumps(manifest))
     assert sfumato.load(run).sample(1, prompt="a thing", steps=1).isfinite().all()

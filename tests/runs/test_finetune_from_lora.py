@@ -10,13 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sfumato
+from sfumato import config
 from sfumato.adapters import LoRA, adapted_layers, without_adapters
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
+from sfumato.recipes.run_config import write_run_config
 from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.initial_adapter import initial_of_run
 from sfumato.runs.preparation import prepare
+from sfumato.storage.run_directory import RunDirectory
 from tests.helpers import cli
 from tests.helpers.runs import images, tiny_run
 
@@ -154,10 +157,7 @@ def test_two_loras_in_one_run_are_refused(new: Path, tuned: Path, tmp_path: Path
 
 def test_runs_of_other_adapters_are_refused(new: Path, tuned: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tuned, tmp_path / "copy"))
-    text = (copy / "config.yaml").read_text()
-    start, end = text.index("adapter:"), text.index("preservation:")
-    (copy / "config.yaml").write_text(
-        f"{text[:start]}adapter:\n  kind: textual-inversion\n{text[end:]}"
-    )
+    plain = config.plain(resolve(copy))
+    write_run_config(RunDirectory(copy), {**plain, "adapter": {"kind": "textual-inversion"}})
     with pytest.raises(ConfigError, match=r"by adapter\.kind=textual-inversion, whose changes"):
         initial_of_run(copy)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sfumato.errors import CheckpointError
-from sfumato.storage import atomic, checkpoint
+from sfumato.storage import atomic, checkpoint, manifest
 from sfumato.training.state import Counters
 
 
@@ -73,7 +73,7 @@ def _fault(module, name: str, when: int):
         (checkpoint, "save_file", 2),
         (checkpoint.json, "dumps", 1),
         (checkpoint.json, "dumps", 2),
-        (checkpoint, "_digest", 1),
+        (manifest, "file_digest", 1),
         (atomic, "sync", 1),
         (atomic, "sync", 6),
         (atomic.os, "replace", 1),
@@ -90,7 +90,7 @@ def test_a_crash_anywhere_in_the_writer_leaves_a_whole_checkpoint(
         patch.setattr(module, name, _fault(module, name, when))
         with pytest.raises(Crash):
             save(tmp_path, 3)
-    checkpoint.sweep(tmp_path)
+    atomic.sweep(tmp_path, held=True)
     loaded, warnings = checkpoint.load_newest(tmp_path)
     assert warnings == []
     assert loaded.state["at"] in (2, 3)
@@ -209,14 +209,14 @@ def test_a_checkpoint_of_another_version_is_left_as_it_is(tmp_path) -> None:
 def test_a_file_that_cannot_be_read_counts_as_damaged(tmp_path, monkeypatch) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
-    real = checkpoint._digest
+    real = manifest.file_digest
 
     def bad_sector(file: Path) -> str:
         if "step-000000002" in str(file):
             raise OSError(5, "Input/output error")
         return real(file)
 
-    monkeypatch.setattr(checkpoint, "_digest", bad_sector)
+    monkeypatch.setattr(manifest, "file_digest", bad_sector)
     loaded, warnings = checkpoint.load_newest(tmp_path)
     assert loaded.state["at"] == 1
     assert "Input/output error" in warnings[0]

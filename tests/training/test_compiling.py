@@ -64,14 +64,12 @@ def test_a_transformer_is_compiled_where_the_run_is_long(
     monkeypatch.setattr(DiT, "compile_after_s", 1e-3)
     train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=2)), run=tmp_path / "run")
     assert compiled == ["DiT"]
-    settings = (tmp_path / "run" / "config.yaml").read_text()
-    (tmp_path / "run" / "config.yaml").write_text(settings.replace("steps: 2", "steps: 3"))
     monkeypatch.setattr(
         Trainer,
         "_trial",
         lambda self: pytest.fail("measured once in a run's life: a busy machine changes nothing"),
     )
-    resume(tmp_path / "run")
+    resume(tmp_path / "run", overrides={"budget.steps": 3})
     assert compiled == ["DiT", "DiT"]
 
 

@@ -18,12 +18,12 @@ from sfumato.data import AugmentConfig, BatchPlan, DataConfig, Folder
 from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError, SfumatoError
 from sfumato.networks import UNet
 from sfumato.observability.metrics_file import MetricsFile
+from sfumato.process.signals import Interrupted
 from sfumato.recipes.resolver import resolve
 from sfumato.runs import resume, train
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Budget, MuonConfig, Trainer
-from sfumato.training.signals import Interrupted
 from tests.helpers.runs import fingerprint, images, tiny_run
 
 
@@ -318,10 +318,11 @@ def test_a_finished_run_says_so_and_is_left_alone(folder, tmp_path, capsys) -> N
 def test_two_processes_never_share_a_run(stopped, tmp_path) -> None:
     """Nor is anything of a run touched that another process holds."""
     run = shutil.copytree(stopped, tmp_path / "run")
-    (run / "checkpoints" / ".tmp-7-being-written").mkdir()
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
-    with RunDirectory.existing(run).locked(), pytest.raises(RunError, match="another process"):
-        resume(run, overrides={"budget.steps": 16})
+    with RunDirectory.existing(run).locked():
+        (run / "checkpoints" / ".tmp-7-being-written").mkdir()
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+        with pytest.raises(RunError, match=rf"another process .* process {os.getpid()} on"):
+            resume(run, overrides={"budget.steps": 16})
     assert {
         path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"
     } == before

@@ -27,15 +27,25 @@ from sfumato.autoencoders.tiny import TinyAutoencoder
 from sfumato.errors import CheckpointError
 from sfumato.networks.diffusers_weights import weight_files
 from sfumato.storage.atomic import atomic_folder
+from sfumato.storage.manifest import require_files, table_of_files
 from sfumato.storage.weight_files import unreadable
 
 WEIGHTS, CONFIG, STATISTICS = "diffusion_pytorch_model.safetensors", "config.json", "latents.json"
+MANIFEST = "manifest.json"  # of what we write: the size and hash of each file
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def save(latents: LatentAutoencoder, folder: Path, metadata: Mapping[str, Any]) -> Path:
+def save(
+    latents: LatentAutoencoder,
+    folder: Path,
+    metadata: Mapping[str, Any],
+    *,
+    manifest: bool = False,
+) -> Path:
     """Write an autoencoder to a folder, atomically; `metadata` goes into latents.json.
 
+    Args:
+        manifest: whether to write the sizes and hashes of the files, which `load` then compares.
     Raises:
         CheckpointError: if it cannot be written.
     """
@@ -47,13 +57,16 @@ def save(latents: LatentAutoencoder, folder: Path, metadata: Mapping[str, Any]) 
         **metadata,
     }
     try:
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, durable=True) as temporary:
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
                 temporary / WEIGHTS,
             )
             (temporary / CONFIG).write_text(json.dumps(config, indent=1))
             (temporary / STATISTICS).write_text(json.dumps(statistics, indent=1))
+            if manifest:
+                table = {"files": table_of_files(temporary)}
+                (temporary / MANIFEST).write_text(json.dumps(table, indent=1))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot be written: {error}", where=str(folder), hint="free some disk space"
@@ -74,7 +87,7 @@ def load(
         variant: of a folder's weights, e.g. "fp16"; without it, a variant is taken where it is the
             only one.
     Raises:
-        CheckpointError: naming what is missing or not supported.
+        CheckpointError: naming what is missing, not supported, or differs from what was saved.
     """
     path = Path(path)
     if path.is_file() and decoder is not None:
@@ -84,6 +97,8 @@ def load(
             torch.zeros(tiny.latent_channels),
             torch.ones(tiny.latent_channels),
         )
+    if (path / MANIFEST).is_file():
+        require_files(path, _json(path / MANIFEST).get("files"))
     config = _json(path / CONFIG)
     codec = _codec(config, path, variant)
     mean, deviation = _statistics(config, path, codec.latent_channels)

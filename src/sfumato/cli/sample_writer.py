@@ -21,9 +21,9 @@ from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.image_formats import SETTINGS
 from sfumato.observability.images import grid_image, save_png, to_display_rgb
 from sfumato.observability.progress import ProgressBar, printable
+from sfumato.process.signals import Interrupted, handled, poll
 from sfumato.sampling import StepInfo
 from sfumato.storage.atomic import atomic_file
-from sfumato.training.signals import Interrupted, Interruption
 
 STRIP_IMAGES, STRIP_STEPS = 4, 10
 # images in the grid, and about how many pixels they have together
@@ -102,10 +102,10 @@ class SampleWriter:
         if target.kind == "npy":
             with atomic_file(target.folder / SETTINGS) as file:
                 file.write(json.dumps(dict(target.settings), indent=1).encode())
-        with Interruption() as interruption, ProgressBar("sampling") as bar:
+        with handled(), ProgressBar("sampling") as bar:
 
             def on_step(progress: StepInfo) -> None:
-                interruption.raise_if_requested()
+                poll()
                 self._record(progress)
                 fraction = (self._done + len(progress.x) * progress.step / progress.steps) / total
                 # without a terminal, a short job prints nothing

@@ -26,18 +26,16 @@ def sweep(
     surely better than the run's own setting becomes the default of `sfumato sample`.
     """
     from sfumato.observability.progress import ProgressBar
+    from sfumato.process.signals import handled, poll
     from sfumato.reporting import write_report
     from sfumato.runs.sweep import sweep_run
     from sfumato.storage.output_paths import require_writable
     from sfumato.storage.run_directory import RunDirectory
-    from sfumato.training.signals import Interruption
 
     directory = RunDirectory.existing(run)
     require_writable(directory.path, directory.sweep)
-    with Interruption() as interruption, ProgressBar("comparing settings of sampling") as bar:
-        result = sweep_run(
-            run, minutes=minutes, on_progress=bar.update, stop=interruption.raise_if_requested
-        )
+    with handled(), ProgressBar("comparing settings of sampling") as bar:
+        result = sweep_run(run, minutes=minutes, on_progress=bar.update, stop=poll)
     typer.echo(json.dumps(result.plain(), indent=1) if as_json else result.table())
     if not as_json:
         typer.echo(f"figures: {directory.sweep}; report: {write_report(run)}")

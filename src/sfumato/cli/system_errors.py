@@ -6,6 +6,7 @@ import errno
 import os
 
 from sfumato.errors import SfumatoError
+from sfumato.platform import is_out_of_memory
 
 PERMISSIONS = "check the path and its permissions, or name another place (--out, --run)"
 REASONS = {
@@ -57,11 +58,7 @@ def in_words(error: BaseException) -> SfumatoError | None:
     """
     if isinstance(error, OSError):
         return _refused(error)
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    ):
+    if is_out_of_memory(error):
         first = next(iter(str(error).splitlines()), "")
         return SfumatoError(f"not enough memory{': ' if first else ''}{first}", hint=MEMORY)
     if isinstance(error, UnicodeError):

@@ -1,6 +1,9 @@
 """A cache on disk of arrays made from samples, kept under the hash of what they were made from and
 memory-mapped.
 
+Every row has a check value (CRC-32), which is compared when the row is first read: a bit that has
+flipped on the disk is found before anything is trained on it.
+
 A key is the hash of a sample's bytes; a folder stands for the transform (and encoder) that made the
 arrays. So an edited image is the only one that misses, a changed setting makes every image miss,
 and nothing stale is ever found. Files are only ever added, one segment at a time, by one rename:
@@ -9,33 +12,57 @@ several processes may fill the same folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import uuid
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data import files
 from sfumato.errors import DataError
-from sfumato.storage.atomic import commit
+from sfumato.storage.atomic import atomic_file, commit, sweep, temporary_beside
 
-FORMAT = "2"
+FORMAT = "3"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an array is: its file, its row there, and the CRC-32 of its bytes."""
+
+    file: str
+    row: int
+    check: int
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is kept under one key: plain facts, and for each named array the file and row that hold
-    it.
-    """
+    """What is kept under one key: plain facts, and the place of each named array."""
 
     facts: Mapping[str, Any]
-    arrays: Mapping[str, tuple[str, int]]
+    arrays: Mapping[str, Place]
+
+
+class DamagedRows(DataError):
+    """Stored arrays that differ from what was written; `segment` is the folder of the first."""
+
+    def __init__(self, count: int, segment: Path) -> None:
+        self.segment = segment
+        super().__init__(
+            f"{count} stored array(s) differ from what was written (check value): a bit has "
+            "flipped on the disk or in memory",
+            where=str(segment),
+            hint="run the command again: they are made again from the images; check the disk",
+        )
 
 
 @dataclass
@@ -55,6 +82,7 @@ class ArrayCache:
         """Open the cache of `kind` ("pixels", "latents", ...) for a transform described as text."""
         name = hashlib.sha256(f"{FORMAT} {transform}".encode()).hexdigest()[:24]
         cache = cls(files.cache_folder() / kind / name)
+        sweep(cache.folder)
         for segment in sorted(cache.folder.glob("segment-*")):
             cache._read(segment)
         return cache
@@ -69,11 +97,11 @@ class ArrayCache:
                     records[key] = Record(
                         dict(facts),
                         {
-                            name: (f"{segment.name}/{file}", row)
-                            for name, (file, row) in arrays.items()
+                            name: Place(f"{segment.name}/{file}", int(row), int(check))
+                            for name, (file, row, check) in arrays.items()
                         },
                     )
-                    for file, row in arrays.values():
+                    for file, row, _ in arrays.values():
                         if row < 0:
                             return
                         rows[file] = max(row, rows.get(file, 0))
@@ -93,6 +121,28 @@ class ArrayCache:
         row = int(np.prod(sizes)) * np.dtype(dtype).itemsize
         return np.memmap(path, dtype=dtype, mode="r", shape=(path.stat().st_size // row, *sizes))
 
+    def array(self, place: Place) -> NDArray[Any]:
+        """Return a copy of one array.
+
+        Raises:
+            DamagedRows: see `damaged`.
+        """
+        row = np.array(self.map(place.file)[place.row])
+        if _check(row) != place.check:
+            raise self.damaged([place.file])
+        return row
+
+    def damaged(self, file_names: Sequence[str]) -> DamagedRows:
+        """Return the error for arrays in these files that differ from what was stored.
+
+        The first one's segment is renamed, so that its keys are missed and made again by the next
+        command.
+        """
+        segment = self.folder / file_names[0].partition("/")[0]
+        with contextlib.suppress(OSError):  # another process was first
+            segment.rename(segment.with_name(f"damaged-{segment.name}"))
+        return DamagedRows(len(file_names), segment)
+
     def size_bytes(self) -> int:
         """Return the size of the cache's folder on disk."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
@@ -103,7 +153,7 @@ class Writer:
 
     def __init__(self, cache: ArrayCache) -> None:
         self.cache = cache
-        self.temporary = cache.folder / f".tmp-{uuid.uuid4().hex}"
+        self.temporary = temporary_beside(cache.folder / "segment")
         self._files: dict[str, BinaryIO] = {}
         self._rows: dict[str, int] = {}
         self._lines: list[str] = []
@@ -119,8 +169,9 @@ class Writer:
             file = f"{name}-{'x'.join([array.dtype.str[1:], *map(str, array.shape)])}.bin"
             if file not in self._files:
                 self._files[file], self._rows[file] = (self.temporary / file).open("wb"), 0
-            self._files[file].write(np.ascontiguousarray(array).data)
-            places[name] = (file, self._rows[file])
+            data = np.ascontiguousarray(array)
+            self._files[file].write(data.data)
+            places[name] = (file, self._rows[file], _check(data))
             self._rows[file] += 1
         self._lines.append(json.dumps([key, facts, places]))
 
@@ -135,13 +186,15 @@ class Writer:
             return
         try:
             for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
                 file.close()
             (self.temporary / "records.jsonl").write_text("\n".join(self._lines) + "\n")
             segment = (
                 self.cache.folder
                 / f"segment-{len(list(self.cache.folder.glob('segment-*'))):04d}-{uuid.uuid4().hex[:12]}"
             )
-            commit(self.temporary, segment)
+            commit(self.temporary, segment, durable=True)
         except OSError as error:
             self.discard()
             raise DataError(
@@ -159,21 +212,30 @@ class Writer:
 
 
 class RowReader:
-    """Rows of arrays in several files, read as if they were one array: `gather(positions)`."""
+    """Rows of arrays in several files, read as if they were one array: `gather(positions)`.
 
-    def __init__(self, cache: ArrayCache, places: list[tuple[str, int]]) -> None:
-        names = sorted({file for file, _ in places})
+    Each row is compared with its check value when this process first reads it.
+    """
+
+    def __init__(self, cache: ArrayCache, places: list[Place]) -> None:
+        names = sorted({place.file for place in places})
         numbers = {name: number for number, name in enumerate(names)}
         self.cache, self.names = cache, names
-        self.file = np.array([numbers[file] for file, _ in places], np.int32)
-        self.row = np.array([row for _, row in places], np.int64)
+        self.file = np.array([numbers[place.file] for place in places], np.int32)
+        self.row = np.array([place.row for place in places], np.int64)
+        self.check = np.array([place.check for place in places], np.uint32)
         self._maps: list[NDArray[Any]] | None = None
+        self._known = np.zeros(len(places), bool)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": None}  # worker processes map the files for themselves
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the arrays (n, ...) at `positions`, which must share one shape."""
+        """Return the arrays (n, ...) at `positions`, which must share one shape.
+
+        Raises:
+            DamagedRows: if any differ from what was stored; see `ArrayCache.damaged`.
+        """
         if self._maps is None:
             self._maps = [self.cache.map(name) for name in self.names]
         if not len(positions):
@@ -181,10 +243,49 @@ class RowReader:
         file, row = self.file[positions], self.row[positions]
         first = self._maps[file[0]]
         if (file == file[0]).all():
-            result: NDArray[Any] = first[row]
-            return result
-        out = np.empty((len(positions), *first.shape[1:]), first.dtype)
-        for number in np.unique(file):
-            chosen = file == number
-            out[chosen] = self._maps[number][row[chosen]]
+            out: NDArray[Any] = first[row]
+        else:
+            out = np.empty((len(positions), *first.shape[1:]), first.dtype)
+            for number in np.unique(file):
+                chosen = file == number
+                out[chosen] = self._maps[number][row[chosen]]
+        self._verify(positions, out)
         return out
+
+    def _verify(self, positions: NDArray[np.int64], rows: NDArray[Any]) -> None:
+        new = np.flatnonzero(~self._known[positions])
+        checks = self.check[positions[new]]
+        bad = [
+            int(number)
+            for number, check in zip(new, checks, strict=True)
+            if _check(rows[number]) != check
+        ]
+        if bad:
+            raise self.cache.damaged([self.names[self.file[place]] for place in positions[bad]])
+        self._known[positions[new]] = True
+
+
+def _check(array: NDArray[Any]) -> int:
+    """Return the CRC-32 of an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def load_array(kind: str, identity: str) -> NDArray[Any] | None:
+    """Return the single array that is kept under a hash; None if there is none, or it is damaged."""
+    # an .npz has check values, which are compared as it is read
+    try:
+        with np.load(_array_file(kind, identity), allow_pickle=False) as stored:
+            array: NDArray[Any] = stored["array"]
+            return array
+    except (OSError, ValueError, EOFError, KeyError, IndexError, BadZipFile):
+        return None
+
+
+def save_array(kind: str, identity: str, array: NDArray[Any]) -> None:
+    """Keep a single array under a hash; if that fails, only time is lost."""
+    with contextlib.suppress(OSError), atomic_file(_array_file(kind, identity)) as file:
+        np.savez(file, array=array)
+
+
+def _array_file(kind: str, identity: str) -> Path:
+    return files.cache_folder() / kind / f"{identity}.npz"

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from sfumato.config.bounds import (
     SizeOrZero,
 )
 from sfumato.data.annotations import Annotations, LossMask
+from sfumato.data.array_cache import DamagedRows
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset_diff import record_contents
@@ -35,6 +37,7 @@ from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Reject, Source
 from sfumato.data.sources import Digits
 from sfumato.errors import ConfigError, DataError
+from sfumato.observability.progress import console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,12 +332,17 @@ class Dataset:
         of any category if need be, so that a batch never shrinks, every run that meets it replaces
         it in the same way, and nothing held out is trained on.
 
+        Where stored pixels are damaged, the images are decoded again, which is said once.
+
         Raises:
             DataError: if no image can take its place.
         """
         positions = np.asarray(positions, np.int64)
         if self.read_rows is not None:
-            return Images(torch.from_numpy(self.read_rows(positions)), [], positions)
+            try:
+                return Images(torch.from_numpy(self.read_rows(positions)), [], positions)
+            except DamagedRows as error:
+                _warn_of_damage(str(error.segment))
         decoded, bad, read_positions = [], [], []
         with quiet():
             for position in positions:
@@ -433,3 +441,12 @@ class Dataset:
             **record_contents(self),
             "holdout_files": [self.entries[i].name for i in self.holdout],
         }
+
+
+@lru_cache
+def _warn_of_damage(segment: str) -> None:
+    console().print(
+        f"warning: {segment}: stored pixels differ from what was written (check value); the images "
+        "are decoded again instead. Check the disk",
+        markup=False,
+    )

@@ -4,10 +4,8 @@ where reading is fast.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from sfumato.data.annotations import Annotations
-from sfumato.data.array_cache import ArrayCache, RowReader, Writer
+from sfumato.data.array_cache import ArrayCache, RowReader, Writer, load_array, save_array
 from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
@@ -172,21 +170,14 @@ def _clusters(
     identity = hashlib.sha256(
         f"{DECODER} {ALGORITHM} {form!r} {' '.join(ids)}".encode()
     ).hexdigest()
-    file = cache_folder() / "clusters" / f"{identity}.npy"
-    if config.cache == "auto" and file.is_file():
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            stored = np.load(file, allow_pickle=False)
-            if stored.shape == (len(ids),):
-                result: NDArray[np.int64] = stored.astype(np.int64)
-                return result
+    stored = load_array("clusters", identity) if config.cache == "auto" else None
+    if stored is not None and stored.shape == (len(ids),):
+        result: NDArray[np.int64] = stored.astype(np.int64)
+        return result
     thumbnails = read_thumbnails(np.arange(len(ids)))
     groups = clusters(ids, thumbnails, resolution=min(min(shape) for shape in form.shapes))
     if config.cache == "auto":
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(f".{uuid.uuid4().hex}.npy")
-            np.save(temporary, groups)
-            temporary.replace(file)
+        save_array("clusters", identity, groups)
     return groups
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +23,7 @@ from sfumato.data.dataset import Dataset
 from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import Reject
 
+TIMEOUT_S = 1.0  # of waiting for processes that read ahead, after which signals are looked at
 # they lie over the image, and move along with it
 SPATIAL_ANNOTATIONS = (*ANNOTATION_FILES, "loss_mask")
 
@@ -160,23 +163,30 @@ def _runs_of_one_shape(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]:
-    """Yield training batches `start`, `start + 1`, ... without end.
+    """Return an iterator of training batches `start`, `start + 1`, ... without end.
 
-    They are the same for any number of workers.
+    They are the same for any number of workers. Where processes read ahead, `next` raises a
+    RuntimeError "timed out" after TIMEOUT_S without a batch, and may be called again.
     """
     ready = dataset.read_rows is not None or (
         dataset.latents is not None and not dataset.latents.pixels
     )
     workers = 0 if ready else dataset.config.workers
-    loader = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         _Batches(dataset, plan),
         batch_size=None,
         sampler=_CountFrom(start),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        timeout=TIMEOUT_S if workers else 0,
         collate_fn=_identity,
     )
-    yield from loader
+    iterator: Iterator[Batch] = iter(loader)
+    if workers and threading.current_thread() is threading.main_thread():
+        # torch's handler raises in the middle of a step; a worker that has died is noticed when its
+        # batch does not come
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return iterator
 
 
 def _identity(batch: Any) -> Any:

@@ -9,7 +9,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,6 @@ class EmbeddingStore(MutableMapping[str, Embedding]):
         self.encoder = encoder
         self._recent: OrderedDict[str, Embedding] = OrderedDict()
         self._held = 0
-        self._maps: dict[str, Any] = {}
         self._new: list[str] = []
 
     @cached_property
@@ -49,7 +48,10 @@ class EmbeddingStore(MutableMapping[str, Embedding]):
         if text in self._recent:
             return self._recent[text]
         record = self._cache.records[_key(text)]
-        vector, tokens = (self._array(*record.arrays[name]) for name in ("vector", "tokens"))
+        vector, tokens = (
+            torch.from_numpy(self._cache.array(record.arrays[name]))
+            for name in ("vector", "tokens")
+        )
         self._hold(text, Embedding(vector, tokens))
         return Embedding(vector, tokens)
 
@@ -86,11 +88,6 @@ class EmbeddingStore(MutableMapping[str, Embedding]):
 
     def __len__(self) -> int:
         return len(self._recent)
-
-    def _array(self, file: str, row: int) -> Tensor:
-        if file not in self._maps:
-            self._maps[file] = self._cache.map(file)
-        return torch.from_numpy(self._maps[file][row].copy())
 
     def _hold(self, text: str, embedding: Embedding) -> None:
         """Keep an embedding in memory; if there are too many, drop the oldest that are on disk."""

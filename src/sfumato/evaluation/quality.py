@@ -4,13 +4,10 @@ and to training images, the share that looks real, and the share of the variety 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -20,8 +17,8 @@ from torch import Tensor, nn
 
 from sfumato import randomness
 from sfumato.data import Dataset, to_float
+from sfumato.data.array_cache import load_array, save_array
 from sfumato.data.choice import choose_evenly
-from sfumato.data.files import cache_folder
 from sfumato.evaluation.coverage import (
     MANIFOLD_NEIGHBOURS,
     NEIGHBOURS,
@@ -244,12 +241,10 @@ def real_features(
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> Tensor:
     """Return the features (n, d) of images of one shape, from the cache if it has them."""
-    file = cache_folder() / "features" / f"{_identity(dataset, network, positions)}.npy"
-    if dataset.config.cache == "auto" and file.is_file():
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            stored = torch.from_numpy(np.load(file, allow_pickle=False))
-            if len(stored) == len(positions):
-                return stored
+    identity = _identity(dataset, network, positions)
+    stored = load_array("features", identity) if dataset.config.cache == "auto" else None
+    if stored is not None and len(stored) == len(positions):
+        return torch.from_numpy(stored)
     parts = []
     for part in np.array_split(positions, len(positions) // READ_AT_ONCE + 1):
         if len(part):
@@ -259,19 +254,8 @@ def real_features(
         return torch.zeros(0, 1)
     features = torch.cat(parts)
     if dataset.config.cache == "auto":
-        _store(file, features)
+        save_array("features", identity, features.numpy())
     return features
-
-
-def _store(file: Path, features: Tensor) -> None:
-    """Write features to the cache, if it can be written to."""
-    temporary = file.with_suffix(f".{uuid.uuid4().hex}.npy")
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, features.numpy())
-        temporary.replace(file)
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
 
 
 def _identity(dataset: Dataset, network: Features, positions: NDArray[np.int64]) -> str:

@@ -27,6 +27,7 @@ from sfumato.recipes.autoencoder_stage import FINAL, FOLDER, PixelsConfig
 from sfumato.recipes.paths import FROM_RUN, path_entries
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
+from sfumato.recipes.run_config import write_run_config
 from sfumato.storage import checkpoint
 from sfumato.storage.atomic import atomic_folder
 from sfumato.storage.output_paths import require_free
@@ -146,7 +147,7 @@ def _write_run(
 ) -> None:
     """Write the configuration, the data record, the state and the one checkpoint."""
     directory = RunDirectory(folder)
-    directory.config.write_text(configuration.dump_yaml(plain), encoding="utf-8")
+    write_run_config(directory, plain)
     record = RunDirectory(model.directory).data_record()
     kept = {name: record[name] for name in RECORDED if name in record}
     directory.write_json("data.json", {**kept, FROM_RUN: relative})

@@ -17,6 +17,7 @@ from sfumato.generation.pipeline import Pipeline
 from sfumato.interop.diffusers_folder import ReadFolder, read_folder
 from sfumato.recipes.model import build_model
 from sfumato.recipes.run import Run
+from sfumato.storage.untrusted import image_shape
 
 COMPARED_STEPS = 4  # they divide 1,000, so that no level is rounded
 PROMPT = "a photo"
@@ -66,12 +67,12 @@ def open_run(
     Args:
         tensors: of the whole model, also those that were not trained.
     """
-    info = configuration.parse(ConditioningInfo, state["facts"], where=str(directory))
+    info = configuration.parse(ConditioningInfo, state.get("facts"), where=str(directory))
     model = build_model(run, info, directory).eval().requires_grad_(False)
     model.load_state_dict(
         {name: tensor for name, tensor in tensors.items() if not name.startswith("auxiliary.")}
     )
-    channels, height, width = state["image_shape"]
+    channels, height, width = image_shape(state, where=directory)
     return Pipeline(
         model=model,
         autoencoder=run.autoencoder.load(directory, channels),

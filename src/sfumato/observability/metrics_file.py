@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import torch
 
@@ -21,13 +21,22 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
-        records = [line for line in read_lines(path) if line.get("step", 0) <= after_step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in records))
-        self._file = path.open("a")
+        self._path = path
+        self._file = self._opened(after_step)
+
+    def _opened(self, after_step: int) -> TextIO:
+        records = [line for line in read_lines(self._path) if _step(line) <= after_step]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in records))
+        return self._path.open("a")
+
+    def drop_after(self, step: int) -> None:
+        """Drop the records of later steps, which will be trained again."""
+        self._file.close()
+        self._file = self._opened(step)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; numbers that JSON lacks (NaN, infinities) become null."""
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(json.dumps(finite_or_null(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -46,14 +55,21 @@ class MetricsFile:
         self.close()
 
 
+def _step(line: Mapping[str, Any]) -> float:
+    step = line.get("step", 0)
+    return step if isinstance(step, int | float) else math.inf  # no record of ours
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a metrics file; a line truncated by a crash is skipped."""
+    """Read the records of a metrics file; lines that a crash cut or damaged are skipped."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
@@ -64,9 +80,10 @@ def peak_gib(device: torch.device) -> float:
     return peak_memory() / 2**30
 
 
-def _finite(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
+    """Replace numbers that JSON lacks (NaN, infinities) by None, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,10 +8,13 @@ import re
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from sfumato.process.signals import poll
+from sfumato.process.streams import PatientStream
 
 PLAIN_EVERY_S = 5.0
 ETA_AFTER_S, ETA_FROM, ETA_UPDATES = (
@@ -24,7 +27,12 @@ MEMORY_S = 60.0  # of work, over which its speed is averaged
 
 def console() -> Console:
     """Return a console on standard error, so that standard output stays free for results."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=cast(TextIO, _patient()), highlight=False, soft_wrap=True)
+
+
+def _patient() -> PatientStream:
+    """Return standard error, as it is now, behind a stream that outlives its reader."""
+    return sys.stderr if isinstance(sys.stderr, PatientStream) else PatientStream(sys.stderr)
 
 
 def duration(seconds: float) -> str:
@@ -86,7 +94,12 @@ class ProgressBar:
         self._left.start_at(fraction)
 
     def update(self, fraction: float, text: str) -> None:
-        """Show the fraction of the work done (0 to 1) and a few figures."""
+        """Show the fraction of the work done (0 to 1) and a few figures.
+
+        Raises:
+            Interrupted: if a signal has asked the process to stop.
+        """
+        poll()
         now, text = time.monotonic(), "  ".join(filter(None, (text, self._label)))
         seconds = self._left.at(now, fraction)
         left = "?" if seconds is None else duration(seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sized
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,11 +37,12 @@ from sfumato.config.bounds import Count
 from sfumato.data import Dataset, PrecomputedLatents, to_float
 from sfumato.data.choice import choose_evenly
 from sfumato.data.files import cache_folder
-from sfumato.errors import ConfigError
+from sfumato.errors import CheckpointError, ConfigError
 from sfumato.evaluation.distances import FEWEST, frechet_distance
 from sfumato.evaluation.extractors import extractor
 from sfumato.networks.perceptual import Features
 from sfumato.observability.progress import ProgressBar, console
+from sfumato.process.signals import poll
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import (
@@ -181,13 +183,13 @@ class TrainedAutoencoder(TrainingConfig):
         Finished parts are not repeated.
         """
         final = directory.path / FOLDER / FINAL
-        if not (final / autoencoder_files.CONFIG).is_file():
+        autoencoder = _intact(final)
+        if autoencoder is None:
             self._train(dataset, directory.stage(FOLDER), final)
+            autoencoder = autoencoder_files.load(final)
         else:
             self._require_unchanged(directory.stage(FOLDER))
-        return _encode(
-            autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels
-        )
+        return _encode(autoencoder, dataset, self.augmented_copies, directory, pixels=pixels)
 
     def _require_unchanged(self, stage: RunDirectory) -> None:
         """Raise ConfigError if the settings of a finished autoencoder have changed.
@@ -282,7 +284,10 @@ class TrainedAutoencoder(TrainingConfig):
             },
         }
         autoencoder_files.save(
-            LatentAutoencoder(codec, statistics.mean, statistics.deviation), final, facts
+            LatentAutoencoder(codec, statistics.mean, statistics.deviation),
+            final,
+            facts,
+            manifest=True,
         )
         distance = (
             f"  rFD {facts['rfd']:.3g} (n={facts['rfd_images']}, {facts['rfd_features']})"
@@ -358,7 +363,7 @@ class PretrainedAutoencoder:
         The copy has the statistics of the run's own latents, unless `statistics` is `own`.
         """
         final = directory.path / FOLDER / FINAL
-        if not (final / autoencoder_files.CONFIG).is_file():
+        if (copy := _intact(final)) is None:
             autoencoder = autoencoder_files.load(self.path, self.decoder, variant=self.variant).to(
                 default_device()
             )
@@ -377,13 +382,31 @@ class PretrainedAutoencoder:
                     f"autoencoder {self.path}: {_describe_latents(statistics)}", markup=False
                 )
             final.parent.mkdir(parents=True, exist_ok=True)
-            autoencoder_files.save(autoencoder, final, facts)
-        return _encode(
-            autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels
-        )
+            autoencoder_files.save(autoencoder, final, facts, manifest=True)
+            copy = autoencoder_files.load(final)
+        return _encode(copy, dataset, self.augmented_copies, directory, pixels=pixels)
 
 
 AutoencoderConfig = PixelsConfig | TrainedAutoencoder | PretrainedAutoencoder
+
+
+def _intact(final: Path) -> LatentAutoencoder | None:
+    """Return a run's autoencoder; None if it is not there yet, or damaged and set aside.
+
+    A damaged one is made again from what it was made of, which a checkpoint then compares with it.
+    """
+    if not final.exists():
+        return None
+    try:
+        return autoencoder_files.load(final)
+    except CheckpointError as error:
+        aside = checkpoint.set_aside(final, "corrupt")
+        console().print(
+            f"warning: {error.args[0].splitlines()[0]} -- kept as {aside.name}; the autoencoder is "
+            "made again",
+            markup=False,
+        )
+        return None
 
 
 def _require_copies(copies: int) -> None:
@@ -417,6 +440,7 @@ def _measure_latents(codec: Codec, dataset: Dataset) -> Statistics:
         for shape in np.unique(dataset.shapes[positions]):
             chosen = positions[dataset.shapes[positions] == shape]
             for first in range(0, len(chosen), BATCH):
+                poll()
                 yield to_float(dataset.images(chosen[first : first + BATCH])[0]).to(device)
 
     return measure(codec, images())
@@ -436,6 +460,7 @@ def _reconstruction_frechet(
         return {}
     pairs: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(positions), BATCH):
+        poll()
         real = to_float(dataset.images(positions[first : first + BATCH])[0]).to(default_device())
         pairs.append((features.pooled(real).cpu(), features.pooled(reconstruct(codec, real)).cpu()))
     real, reconstructions = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -521,7 +546,8 @@ def _stores_latents(
     """
     decision = directory.path / FOLDER / "kept.json"
     if decision.is_file():
-        return bool(json.loads(decision.read_text())["kept"])
+        with suppress(OSError, ValueError, TypeError, KeyError):  # damaged: it is decided again
+            return bool(json.loads(decision.read_text())["kept"])
     _, height, width = dataset.image_shape
     count = 1 if dataset.config.augment.is_off else variants
     each = (

@@ -17,9 +17,9 @@ from sfumato.data.sources.detect import BUILT_IN
 from sfumato.foreign_models import refuse_diffusers
 from sfumato.recipes.budget_overrides import replace_limits
 from sfumato.recipes.builtin import RECIPES, recipe
-from sfumato.recipes.paths import relocate_paths
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
+from sfumato.recipes.run_config import read_run_config
 
 SETTLED: dict[str, Container[int]] = {"channels": range(1, MAX_BANDS + 1), "bits": (8, 16)}
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -116,10 +116,7 @@ def _plain(source: str | Path | Run, settings: Mapping[str, Any]) -> tuple[dict[
     path = Path(source)
     refuse_diffusers(path)
     if (path / "config.yaml").is_file():
-        written = configuration.fill_former_defaults(
-            Run, configuration.load_yaml_file(path / "config.yaml")
-        )
-        return relocate_paths(written, path), str(path / "config.yaml")
+        return read_run_config(path), str(path / "config.yaml")
     if str(source) in RECIPES:
         return configuration.plain(recipe(str(source))), str(source)
     if path.suffix in (".yaml", ".yml"):

@@ -70,7 +70,7 @@ def read_base(path: str | Path) -> Base:
             "adapter.kind=none first",
         )
     loaded, _ = checkpoint.read_newest(directory.checkpoints)
-    info = configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path))
+    info = configuration.parse(ConditioningInfo, loaded.state.get("facts"), where=str(loaded.path))
     if info.added_categories:
         raise ConfigError(
             f"was fine-tuned with {info.added_categories} new categories, which cannot be "

@@ -216,7 +216,7 @@ def _step(directory: RunDirectory, weights: str) -> int:
     wanted = weights == "best" or (weights == "auto" and advice.use_best)
     if wanted and advice.best_step is not None:
         return advice.best_step
-    return int(checkpoint.read_newest(directory.checkpoints)[0].state["counters"]["step"])
+    return checkpoint.read_newest(directory.checkpoints)[0].step
 
 
 def trained_model(

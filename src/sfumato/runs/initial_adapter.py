@@ -102,7 +102,9 @@ def initial_of_run(path: Path) -> InitialAdapter:
     return InitialAdapter(
         adapter=replace(run.adapter, initial=str(path), initial_hash=checkpoint.digest(tensors)),
         tensors=tensors,
-        info=configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path)),
+        info=configuration.parse(
+            ConditioningInfo, loaded.state.get("facts"), where=str(loaded.path)
+        ),
     )
 
 

@@ -29,6 +29,7 @@ from sfumato.runs.weights import Weights, chosen_weights
 from sfumato.storage import checkpoint
 from sfumato.storage.base_parts import PARTS, require_same_parts
 from sfumato.storage.run_directory import RunDirectory
+from sfumato.storage.untrusted import image_shape
 from sfumato.storage.weight_files import refuse_pickle
 from sfumato.training import post_hoc_ema
 from sfumato.training.monitors import Validator
@@ -217,10 +218,10 @@ def load_own(
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
     for warning in warnings:
         console().print(f"warning: {warning}", markup=False)
-    info = configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path))
+    info = configuration.parse(ConditioningInfo, loaded.state.get("facts"), where=str(loaded.path))
     model, frozen = _rebuild(settings, info, directory, loaded)
     load_weights(model, chosen_weights(weights, loaded, directory), frozen)
-    channels, height, width = loaded.state["image_shape"]
+    channels, height, width = image_shape(loaded.state, where=loaded.path)
     pipeline = Pipeline(
         model=model,
         autoencoder=settings.autoencoder.load(directory.path, channels),

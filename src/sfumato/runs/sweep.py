@@ -29,6 +29,7 @@ from sfumato.generation.options import SamplingOptions
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 from sfumato.observability.progress import ProgressBar, console, duration
+from sfumato.process.signals import Interrupted, acknowledge, handled, poll
 from sfumato.recipes.config_checks import unguidable
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
@@ -40,7 +41,6 @@ from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import post_hoc_ema
 from sfumato.training.copy_search import CopyCounter
 from sfumato.training.ema import PowerEMA
-from sfumato.training.signals import Interrupted, Interruption
 
 SEED = 20_011  # whose noise no other command uses by default
 SHARE = 0.05  # of the training time
@@ -108,7 +108,7 @@ def require_held_out(dataset: Dataset, path: Path) -> None:
 def trained_seconds(directory: RunDirectory) -> float:
     """Return how long a run has trained; 0 where that is not recorded."""
     loaded, _ = checkpoint.read_newest(directory.checkpoints)
-    return float(loaded.state["counters"].get("seconds", 0.0))
+    return float(loaded.counters.get("seconds", 0.0))
 
 
 def sweep_after_training(path: Path, run: Run, dataset: Dataset, *, seconds: float) -> None:
@@ -135,16 +135,17 @@ def sweep_after_training(path: Path, run: Run, dataset: Dataset, *, seconds: flo
     try:
         if _is_done(RunDirectory(path)):
             return
-        with Interruption() as interruption, ProgressBar("comparing settings of sampling") as bar:
+        with handled(), ProgressBar("comparing settings of sampling") as bar:
             result = sweep_run(
                 path,
                 minutes=minutes,
                 dataset=dataset,
                 on_progress=bar.update,
-                stop=interruption.raise_if_requested,
+                stop=poll,
             )
         screen.print(result.table(), markup=False)
     except Interrupted as signal:
+        acknowledge()
         screen.print(
             f"{signal}: settings of sampling are not compared; the run is finished and saved; "
             f"{later}",

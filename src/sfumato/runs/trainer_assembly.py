@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sfumato.autoencoders import Autoencoder
+from sfumato.autoencoders import Autoencoder, LatentAutoencoder
+from sfumato.autoencoders import io as autoencoder_files
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Dataset
 from sfumato.evaluation.sample_meter import SampleMeter
@@ -68,7 +69,13 @@ def diffusion_trainer(
         if known is None
         else _preservation(run, known, prior, pipeline, directory),
     )
-    task.facts[PARTS] = base_parts(run, model.conditioner)
+    task.facts |= {
+        PARTS: base_parts(run, model.conditioner),
+        "autoencoder": autoencoder_files.identity(autoencoder)
+        if isinstance(autoencoder, LatentAutoencoder)
+        else "",
+        "latents": "computed" if dataset.latents is None else "stored",
+    }
     search = CopySearch(
         dataset=dataset,
         sampling=run.sampling,

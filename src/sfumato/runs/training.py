@@ -15,6 +15,7 @@ from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
 from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve, resolve_config
 from sfumato.recipes.run import Run
+from sfumato.recipes.run_config import write_run_config
 from sfumato.recipes.trigger_words import split_words
 from sfumato.reporting import write_report
 from sfumato.runs.cost import estimate_cost
@@ -168,7 +169,7 @@ def _restore_trainer(directory: RunDirectory, overrides: Overrides) -> Trainer:
         configuration.plain(before), configuration.plain(settings)
     ):
         screen.print(f"changed on resume: {line}", markup=False)
-    begins = directory.status().get("state") == "preparing"
+    begins = not directory.has_begun()
     prepared = prepare(settings, directory=directory.path, begins=begins)
     if begins:
         with directory.unchanged_if_refused():
@@ -194,7 +195,7 @@ def _cost_lines(prepared: PreparedRun) -> list[str]:
 
 def _write_description(prepared: PreparedRun, directory: RunDirectory) -> None:
     """Write the run's configuration, data record and environment into its directory."""
-    directory.config.write_text(configuration.dump_yaml(configuration.plain(prepared.run)))
+    write_run_config(directory, configuration.plain(prepared.run))
     directory.write_json(
         "data.json",
         {

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from sfumato.platform import sync
+from sfumato.platform import host_id, is_alive, sync
+
+ORPHAN = re.compile(r"\.tmp-.*-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}")
+OLD_S = 86_400  # after which what another machine began is no longer being written
 
 
 @contextmanager
@@ -59,7 +64,8 @@ def atomic_folder(target: Path, *, durable: bool = False) -> Iterator[Path]:
         yield temporary
         if durable:
             for file in temporary.iterdir():
-                sync(file)
+                if file.is_file():
+                    sync(file)
         shutil.rmtree(target, ignore_errors=True)
         commit(temporary, target, durable=durable)
     except BaseException:
@@ -91,18 +97,48 @@ def atomic_output(target: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
-def write_text(target: Path, text: str) -> None:
-    """Replace a file's text atomically."""
-    with atomic_path(target) as temporary:
+def write_text(target: Path, text: str, *, durable: bool = False) -> None:
+    """Replace a file's text atomically; for `durable`, see `atomic_path`."""
+    with atomic_path(target, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def temporary_beside(target: Path) -> Path:
     """Return a hidden path in the same folder that no other process uses.
 
-    A file left there by a crash is swept up as an orphan.
+    Its name says which process of which machine writes there, so that `sweep` can remove what a
+    killed one left.
     """
-    return target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
+    own = f"{host_id()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return target.with_name(f".tmp-{target.name[:80]}-{own}")
+
+
+def sweep(folder: Path, *, held: bool = False) -> int:
+    """Remove what killed processes were writing in a folder; return how many files and folders.
+
+    What a process that is alive writes is left alone, and for a day also what another machine
+    began, whose processes cannot be seen from here.
+
+    Args:
+        held: whether no other process writes here or below, so that all of it is removed.
+    """
+    count = 0
+    for path in list(folder.rglob(".tmp-*") if held else folder.glob(".tmp-*")):
+        if held or _is_orphan(path):
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            count += 1
+    return count
+
+
+def _is_orphan(path: Path) -> bool:
+    writer = ORPHAN.fullmatch(path.name)
+    if writer is not None and writer["host"] == host_id():
+        return not is_alive(int(writer["pid"]))
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime > (0 if writer is None else OLD_S)
+    return False
 
 
 def commit(temporary: Path, target: Path, *, durable: bool = False) -> None:

@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato.errors import CheckpointError
 from sfumato.storage.atomic import atomic_folder, atomic_path, write_text
+from sfumato.storage.manifest import require_files, table_of_files
+from sfumato.storage.untrusted import read_json, read_tensors
 
 SCHEMA = 2
 NAME = re.compile(r"step-(\d{9,})")
@@ -43,6 +45,23 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """The counters of the run.
+
+        Raises:
+            CheckpointError: if there are none.
+        """
+        counters = self.state.get("counters")
+        if not isinstance(counters, dict):
+            raise CheckpointError("holds no counters", where=str(self.path / "state.json"))
+        return counters
+
+    @property
+    def step(self) -> int:
+        """The step at which it was saved."""
+        return int(self.path.name.partition(".")[0][5:])
 
 
 def save(
@@ -74,10 +93,7 @@ def save(
             (temporary / "state.json").write_text(
                 json.dumps(_finite(dict(state)), indent=1, allow_nan=False)
             )
-            files = {
-                file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)}
-                for file in sorted(temporary.iterdir())
-            }
+            files = table_of_files(temporary)
             manifest = {
                 "schema": SCHEMA,
                 "step": step,
@@ -109,8 +125,8 @@ def _prune(root: Path, keep: int) -> None:
 def _is_sound(path: Path) -> bool:
     """Return whether the loss was in its usual range; True if the manifest does not say."""
     try:
-        return bool(json.loads((path / "manifest.json").read_text()).get("sound", True))
-    except (OSError, ValueError, AttributeError):
+        return bool(read_json(path / "manifest.json").get("sound", True))
+    except CheckpointError:
         return True  # `load` says what is wrong with it
 
 
@@ -124,11 +140,11 @@ def set_diverged_aside(root: Path) -> int | None:
         if _is_sound(path):
             _point_latest(root, path.name)
             return int(path.name[5:])
-        _set_aside(path, "diverged")
+        set_aside(path, "diverged")
     return None
 
 
-def _set_aside(path: Path, why: str) -> Path:
+def set_aside(path: Path, why: str) -> Path:
     """Rename a checkpoint so that it is never loaded."""
     aside = path.with_name(f"{path.name}.{why}")
     if aside.exists():
@@ -231,10 +247,10 @@ def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
         return {}
     file = path.parent / f"frozen-{name}.safetensors"
     try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
+        tensors = read_tensors(file)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"frozen parameters cannot be read: {error}", where=str(file)
+            f"frozen parameters cannot be read: {error.what}", where=str(file)
         ) from None
     if digest(tensors) != name:
         raise CheckpointError(
@@ -285,10 +301,7 @@ def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
             f"no snapshot at or before step {step}", where=str(root), hint=f"there are {listed}"
         )
     path = root / f"step-{earlier[-1]:09d}.safetensors"
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
+    return read_tensors(path)
 
 
 def paths(root: Path) -> list[Path]:
@@ -297,12 +310,6 @@ def paths(root: Path) -> list[Path]:
         path for path in root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()
     ]
     return sorted(checkpoints, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def sweep(root: Path) -> None:
-    """Remove what a crash in the middle of `save` left behind."""
-    for orphan in root.glob(".tmp-*"):
-        shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink()
 
 
 def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
@@ -318,7 +325,7 @@ def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
     warnings: list[str] = []
     for path, error in damaged:
         warnings.append(
-            f"{error} -- kept as {_set_aside(path, 'corrupt').name}; trying the one before"
+            f"{error} -- kept as {set_aside(path, 'corrupt').name}; trying the one before"
         )
     if loaded is None:
         raise CheckpointError(
@@ -378,40 +385,21 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: naming the file that is missing, truncated or altered.
         ForeignCheckpointError: if another version of sfumato wrote it.
     """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files = dict(manifest["files"])
-        schema = manifest["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"manifest unreadable ({error})", where=str(path / "manifest.json")
-        ) from None
+    manifest = read_json(path / "manifest.json")
+    schema = manifest.get("schema")
     if schema != SCHEMA:
         raise ForeignCheckpointError(
             f"was written by another version of sfumato (schema {schema}; this one reads {SCHEMA})",
             where=str(path),
             hint="use that version; nothing was changed",
         )
-    for name, facts in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError("is missing", where=str(file))
-        try:
-            same = file.stat().st_size == facts["bytes"] and _digest(file) == facts["sha256"]
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error}", where=str(file)) from None
-        if not same:
-            raise CheckpointError("differs from what was saved (size or hash)", where=str(file))
-    try:
-        state = json.loads((path / "state.json").read_text())
-        tensors = {
-            Path(name).stem: load_file(path / name)
-            for name in files
-            if name.endswith(".safetensors")
-        }
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
-    return Checkpoint(path=path, state=state, tensors=tensors)
+    names = require_files(path, manifest.get("files"))
+    tensors = {
+        Path(name).stem: read_tensors(path / name, finite=Path(name).stem != "optimizer")
+        for name in names
+        if name.endswith(".safetensors")
+    }
+    return Checkpoint(path=path, state=read_json(path / "state.json"), tensors=tensors)
 
 
 def configuration_of(path: Path) -> dict[str, Any]:
@@ -420,15 +408,10 @@ def configuration_of(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it cannot be read.
     """
-    try:
-        return dict(json.loads((path / "state.json").read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(path / "state.json")) from None
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    config = read_json(path / "state.json").get("config")
+    if not isinstance(config, dict):
+        raise CheckpointError("holds no configuration", where=str(path / "state.json"))
+    return config
 
 
 def _point_latest(root: Path, name: str) -> None:

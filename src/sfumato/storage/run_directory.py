@@ -20,13 +20,15 @@ import torch
 from sfumato.errors import CheckpointError, ConfigError, RunError
 from sfumato.foreign_models import refuse_diffusers
 from sfumato.platform import HAS_FILE_LOCKS, lock_file
-from sfumato.storage.atomic import write_text
+from sfumato.storage.atomic import atomic_path, sweep, write_text
 from sfumato.storage.output_paths import require_writable
 
 HEARTBEAT_S = 5.0
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 BUNDLE = "bundle.json"  # in a run that was exported without its optimizer
 DESCRIPTION_FILES = ("config.yaml", "data.json", "environment.json")
+LOCK = ".lock"
+_held: set[Path] = set()  # runs that this process trains: its own lock does not exclude it
 
 
 class RunDirectory:
@@ -61,6 +63,14 @@ class RunDirectory:
                 "there is already a run here",
                 where=str(path),
                 hint=f"`sfumato resume {path}`, or choose another --run",
+            )
+        left = sorted(path.glob("**/checkpoints/step-*"))
+        if left or (path / "autoencoder").exists():
+            raise RunError(
+                "there are checkpoints of an earlier run here, which a new run would take for its "
+                "own",
+                where=str(left[0] if left else path / "autoencoder"),
+                hint="choose another --run, or remove them",
             )
         require_writable(path, option="--run")
 
@@ -123,9 +133,10 @@ class RunDirectory:
                 where=str(self.path),
                 hint="train on Linux or macOS, on Windows inside WSL; sampling works here",
             )
+        place = self.path.resolve()
         with contextlib.ExitStack() as stack:
             try:
-                handle = stack.enter_context((self.path / ".lock").open("w"))
+                handle = stack.enter_context((self.path / LOCK).open("a+"))
             except OSError as error:
                 raise RunError(
                     f"cannot be written to: {error.strerror}",
@@ -134,10 +145,12 @@ class RunDirectory:
                     "and resume it there",
                 ) from None
             try:
+                if place in _held:
+                    raise BlockingIOError
                 lock_file(handle)
             except BlockingIOError:
                 raise RunError(
-                    "another process is training here",
+                    f"another process is training here{self.holder()}",
                     where=str(self.path),
                     hint="wait for it, or stop it first",
                 ) from None
@@ -148,7 +161,34 @@ class RunDirectory:
                     hint="its file system has no locks: copy the run to a local disk, and resume "
                     "it there",
                 ) from None
+            _held.add(place)
+            stack.callback(_held.discard, place)
+            with suppress(OSError):  # the disk may be full
+                handle.truncate(0)
+                handle.write(f"{os.getpid()} {platform.node()}\n")
+                handle.flush()
+            self._sweep()
             yield
+
+    def holder(self) -> str:
+        """Return which process wrote the lock file last, as the end of a sentence; "" if unknown."""
+        with suppress(OSError, ValueError):
+            pid, host = (self.path / LOCK).read_text(errors="replace").split()[:2]
+            return f": process {int(pid)} on {host}"
+        return ""
+
+    def _sweep(self) -> None:
+        """Remove what a killed process was writing."""
+        sweep(self.path)
+        for folder in ("checkpoints", "snapshots", "averages", "best", "samples", "autoencoder"):
+            sweep(self.path / folder, held=True)
+
+    def has_begun(self) -> bool:
+        """Return whether the run's own model has ever been saved, even if it is damaged now.
+
+        If not, its autoencoder may still be in training.
+        """
+        return any(self.checkpoints.glob("step-*"))
 
     def require_trainable(self) -> None:
         """Raise RunError for a bundle, which has no optimizer to continue with."""
@@ -175,7 +215,8 @@ class RunDirectory:
             yield
         except (CheckpointError, ConfigError):
             for path, content in before.items():
-                path.write_bytes(content)
+                with atomic_path(path, durable=True) as temporary:
+                    temporary.write_bytes(content)
             raise
 
     def require_space(self, needed_bytes: int) -> None:
@@ -189,16 +230,23 @@ class RunDirectory:
                 hint="free some space, lower checkpoint.keep, or choose another disk with --run",
             )
 
-    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
-        """Replace a JSON file of the run atomically."""
-        write_text(self.path / name, json.dumps(dict(data), indent=1, ensure_ascii=False))
+    def write_json(self, name: str, data: Mapping[str, Any], *, durable: bool = True) -> None:
+        """Replace a JSON file of the run atomically; for `durable`, see `atomic_path`."""
+        text = json.dumps(dict(data), indent=1, ensure_ascii=False)
+        write_text(self.path / name, text, durable=durable)
 
-    def write_status(self, state: str, step: int, **more: Any) -> None:
-        """Write status.json; `state` is preparing, running, finished, interrupted or failed."""
+    def write_status(self, state: str, step: int, *, durable: bool = True, **more: Any) -> None:
+        """Write status.json.
+
+        Args:
+            state: preparing, running, finished, interrupted, failed, stalled, or unsaved, if the
+                last checkpoint could not be written.
+        """
         self._last_heartbeat = time.monotonic()
         self.write_json(
             "status.json",
-            {
+            durable=durable,
+            data={
                 "state": state,
                 "step": step,
                 "heartbeat": time.time(),
@@ -229,7 +277,7 @@ class RunDirectory:
     def heartbeat(self, step: int) -> None:
         """Record in status.json that the run is alive, at most once every `HEARTBEAT_S` seconds."""
         if time.monotonic() - self._last_heartbeat > HEARTBEAT_S:
-            self.write_status("running", step)
+            self.write_status("running", step, durable=False)
 
     def write_environment(self, **more: Any) -> None:
         """Write environment.json: the versions, hardware and command that explain a result."""

@@ -246,6 +246,8 @@ class TrainingConfig:
         checkpoint: when checkpoints are saved, and how many are kept.
         validation: when the error on held-out images is measured.
         preview: when preview images are sampled.
+        stall_minutes: minutes in which nothing moves, neither a step nor a batch, after which the run
+            saves what it can and ends with exit code 75.
         stop: verdict that ends the run before its budget does: `overfitting` (or copying, or
             forgetting), `converged` (or any of these), or `never`.
     """
@@ -263,6 +265,7 @@ class TrainingConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     preview: PreviewConfig = PreviewConfig()
+    stall_minutes: Positive = 30.0
     stop: Literal["never", "overfitting", "converged"] = "never"
 
     @property

@@ -22,6 +22,7 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.condition import Condition
 from sfumato.diffusion import Denoiser, NoiseLevel, Schedule, weighted_mean
+from sfumato.process.signals import poll
 
 FEW_IMAGES = 12  # held out, below which they stand for themselves alone
 
@@ -139,6 +140,7 @@ def measure(
     """
     parts: list[list[Tensor]] = [[], [], [], []]
     for part in _parts(triples, batch_size):
+        poll()
         x0, noise, level = triples.part(part)
         rows = triples.image[part]
         denoised = denoiser(level.mix(x0, noise), level, condition.map(_rows(rows)))
@@ -163,6 +165,7 @@ def predicted_noise(
     """Run the denoiser on all triples, and return the predicted noise on the CPU, (n, C, H, W)."""
     predictions = []
     for part in _parts(triples, batch_size):
+        poll()
         x0, noise, level = triples.part(part)
         rows = triples.image[part]
         denoised = denoiser(level.mix(x0, noise), level, condition.map(_rows(rows)))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sfumato.errors import CheckpointError
+from sfumato.observability.metrics_file import MetricsFile
 from sfumato.observability.progress import ProgressBar
 from sfumato.observability.sinks import Sink
-from sfumato.training.signals import Interruption
+from sfumato.process.signals import poll
 
 if TYPE_CHECKING:
     from sfumato.training.trainer import Trainer
@@ -25,12 +26,10 @@ class Session:
 
     Attributes:
         sinks: that metrics are written to.
-        interruption: raises Interrupted after a signal that stops the run.
     """
 
     bar: ProgressBar
     sinks: Sequence[Sink]
-    interruption: Interruption
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a record of metrics to every sink; one that fails only causes a warning."""
@@ -39,6 +38,12 @@ class Session:
                 sink.write(record)
             except OSError as error:
                 self.bar.say(f"warning: {error}")
+
+    def go_back(self, step: int) -> None:
+        """Drop the records of steps that are trained again from the files that can forget them."""
+        for sink in self.sinks:
+            if isinstance(sink, MetricsFile):
+                sink.drop_after(step)
 
 
 class Hook(ABC):
@@ -64,6 +69,9 @@ class Hook(ABC):
     def run(self, trainer: Trainer, session: Session) -> None:
         """Perform the action."""
 
+    def go_back(self, trainer: Trainer) -> None:  # noqa: B027 most hooks keep nothing
+        """Forget what was done after the step that training has gone back to."""
+
 
 class Preview(Hook):
     """Images from the averaged model, with the same noise every time."""
@@ -83,9 +91,7 @@ class Preview(Hook):
         """Write a preview of the averaged model; a signal is raised between its denoising steps."""
         with trainer.timetable.recording(self.name):
             step = trainer.state.counters.step
-            trainer.task.preview(
-                trainer.state.average, step, lambda _: session.interruption.raise_if_requested()
-            )
+            trainer.task.preview(trainer.state.average, step, lambda _: poll())
 
 
 class Snapshot(Hook):

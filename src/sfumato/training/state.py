@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError
+from sfumato.training import guard
 from sfumato.training.ema import Pairs, PowerEMA
 from sfumato.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from sfumato.training.parameters import copy_sharing_frozen, frozen_names, without
@@ -33,6 +34,14 @@ class Counters:
     continues as it began. `loss` is the moving average of the steps' losses, and `least_loss` the
     smallest value that it has had since the first step. `looks_s` counts the seconds that looks
     took, and `stopped` is the state of the verdict that ended the run, if one did.
+
+    `losses` are the newest values of that moving average. `trouble` is the number of updates at the
+    last step that was skipped or jumped, -1 if there was none, `rollbacks` how often training went
+    back since it was last settled, and `passed_over` the steps whose batches are not trained on, as
+    pairs of the first and the last.
+
+    `micro_batch` is the size to which micro-batches were halved for lack of memory; 0 if they were
+    not.
     """
 
     step: int = 0
@@ -50,23 +59,53 @@ class Counters:
     looks_s: float = 0.0
     stopped: str = ""
     done_s: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    trouble: int = -1
+    rollbacks: int = 0
+    passed_over: list[list[int]] = field(default_factory=list)
+    micro_batch: int = 0
 
     @property
     def sound(self) -> bool:
-        """Whether the last step was applied and the loss is not far above its smallest value.
+        """Whether the last trouble is long past and the loss is not far above its smallest value.
 
         If not, the weights may have diverged.
         """
-        return not self.skipped_in_a_row and (
-            self.least_loss <= 0 or self.loss <= DIVERGED_RATIO * self.least_loss
-        )
+        settled = self.trouble < 0 or self.updates - self.trouble >= guard.SETTLED
+        return settled and (self.least_loss <= 0 or self.loss <= DIVERGED_RATIO * self.least_loss)
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether the next batch is not trained on."""
+        return any(first <= self.step <= last for first, last in self.passed_over)
+
+    def record_skip(self) -> None:
+        """Count a step that was not applied."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.trouble = self.updates
+
+    def record_rollback(self, first: int, last: int, *, rollbacks: int, seconds: float) -> None:
+        """Count a return to the checkpoint that these counters are of.
+
+        Args:
+            first, last: steps that are passed over from now on.
+            rollbacks: before this one.
+            seconds: of training, those that were in vain included.
+        """
+        self.trouble, self.rollbacks = self.updates, rollbacks + 1
+        self.seconds = max(self.seconds, seconds)
+        self.passed_over.append([first, last])
 
     def record_update(self, loss: float) -> None:
         """Count an update, and add the loss of its step to the moving average."""
         self.loss = self.loss + LOSS_RATE * (loss - self.loss) if self.updates else loss
         self.least_loss = min(self.loss, self.least_loss) if self.updates else loss
+        self.losses = [*self.losses[1 - guard.HISTORY :], self.loss]
         self.updates += 1
         self.skipped_in_a_row = 0
+        if self.updates - self.trouble >= guard.FORGIVEN:
+            self.rollbacks = 0
 
 
 @dataclass

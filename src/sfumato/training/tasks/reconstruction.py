@@ -25,6 +25,7 @@ from sfumato.errors import ConfigError
 from sfumato.networks.perceptual import Features, distance
 from sfumato.nn.accelerable import Accelerable
 from sfumato.observability.images import grid_image, save_png
+from sfumato.process.signals import poll
 from sfumato.sampling import StepInfo
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.config import TrainingConfig
@@ -252,6 +253,7 @@ class Reconstruction:
         rows = []
         size = self.config.effective_micro_batch
         for first in range(0, len(self._real), size):
+            poll()
             real = self._real[first : first + size].to(self._device)
             reconstructions = reconstruct(codec, real)
             figures = [

@@ -1,0 +1,1 @@
+"""What a process does about signals, hangs and output that nobody reads."""

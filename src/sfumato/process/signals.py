@@ -1,0 +1,117 @@
+"""Signals: SIGINT, SIGTERM and SIGHUP ask the process to stop at the next safe moment, SIGUSR1 to save
+and go on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from sfumato.process import watchdog
+
+STOP = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
+# within which a second signal counts as the first: programs that start others often forward what a
+# whole group of processes has received already
+SAME_S = 0.5
+
+
+class Interrupted(Exception):
+    """Raised when a signal has asked the process to stop."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__(signal.Signals(number).name)
+
+
+class _Handler:
+    """The signals received since `handled` began."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.save = False
+        self._at = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        for number in (*STOP, *([] if SAVE is None else [SAVE])):
+            if signal.getsignal(number) is signal.SIG_IGN and number != SAVE:
+                continue  # as nohup asks for
+            try:
+                self._previous[number] = signal.signal(number, self._receive)
+            except ValueError:  # not the main thread: whoever owns it decides
+                break
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == SAVE:
+            self.save = True
+        elif self.number is None:
+            self.number, self._at = number, time.monotonic()
+        elif time.monotonic() - self._at > SAME_S:
+            self.restore()
+            os.kill(os.getpid(), number)
+
+
+_active: _Handler | None = None
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Let the first SIGINT, SIGTERM or SIGHUP only set a flag, for `poll`; the second acts at once.
+
+    Nested uses share the outermost one's signals.
+    """
+    global _active
+    if _active is not None:
+        yield
+        return
+    _active = handler = _Handler()
+    handler.install()
+    try:
+        yield
+    finally:
+        handler.restore()
+        _active = None
+
+
+def poll() -> None:
+    """Say that the work goes on, and raise Interrupted if a signal has asked it to stop."""
+    watchdog.beat()
+    raise_if_requested()
+
+
+def raise_if_requested() -> None:
+    """Raise Interrupted if a signal has asked the process to stop; says nothing to the watchdog."""
+    if _active is not None and _active.number is not None:
+        raise Interrupted(_active.number)
+
+
+def is_stop_requested() -> bool:
+    """Return whether a signal has asked the process to stop."""
+    return _active is not None and _active.number is not None
+
+
+def acknowledge() -> None:
+    """Forget a request to stop, once what it was meant for has stopped."""
+    if _active is not None:
+        _active.number = None
+
+
+def take_save_request() -> bool:
+    """Return whether SIGUSR1 was received since the last call."""
+    if _active is None or not _active.save:
+        return False
+    _active.save = False
+    return True

@@ -1,0 +1,81 @@
+"""Whether a checkpoint can go on with the data, the plan and the models that are there now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sfumato.data import BatchPlan, Dataset
+from sfumato.data.dataset_diff import changes
+from sfumato.errors import CheckpointError
+from sfumato.storage.base_parts import PARTS, require_same_parts
+from sfumato.storage.checkpoint import Checkpoint
+from sfumato.storage.run_directory import RunDirectory
+
+# what a checkpoint says of the models around the trained one: what it is, and what to do
+SAME = {
+    "prior_images": (
+        "the prior images of preservation are not those that this run began with",
+        "leave preservation and its images as they were, or train a new run",
+    ),
+    "autoencoder": (
+        "the autoencoder is not the one that this run was trained with",
+        "put its files back as they were (autoencoder/final), or train a new run",
+    ),
+    "latents": (
+        "latents are stored on disk now and were not, or the other way round, which rounds them "
+        "differently",
+        "leave data.cache and autoencoder/kept.json as they were, or train a new run",
+    ),
+}
+
+
+def require_same_run(
+    loaded: Checkpoint,
+    dataset: Dataset,
+    plan: BatchPlan,
+    facts: Mapping[str, Any],
+    directory: RunDirectory,
+) -> list[str]:
+    """Return warnings about changes that do not matter to the run.
+
+    Args:
+        facts: what the task would write into a checkpoint now.
+    Raises:
+        CheckpointError: if the data, the seed, the batch size, or a model that is not trained have
+            changed.
+    """
+    state, where = loaded.state, str(loaded.path)
+    if state.get("data") != dataset.fingerprint:
+        raise CheckpointError(
+            f"the data are not what this run was trained on: {_data_changes(state, dataset, directory)}",
+            where=where,
+            hint="restore them as they were; or go on with them as they are, in a new epoch: "
+            "`sfumato resume RUN --accept-data-change`",
+        )
+    if state.get("plan") != plan.hash:
+        raise CheckpointError(
+            "seed or batch_size are not what this run began with, so that samples would be "
+            "repeated or left out",
+            where=where,
+            hint="leave them as they are; micro_batch may change",
+        )
+    for name, (what, hint) in SAME.items():
+        before, now = state.get(name, ""), facts.get(name, "")
+        if before != now and (before or name == "prior_images"):
+            raise CheckpointError(
+                f"{what}: it is {str(now)[:12] or 'empty'}, and was {str(before)[:12] or 'empty'} "
+                "(hash)",
+                where=where,
+                hint=hint,
+            )
+    return require_same_parts(state.get(PARTS, {}), facts.get(PARTS, {}), where=where)
+
+
+def _data_changes(state: Mapping[str, Any], dataset: Dataset, directory: RunDirectory) -> str:
+    """Name what has changed in the data, if that is recorded."""
+    before = directory.data_record()
+    known = changes(before, dataset) if before.get("fingerprint") == state.get("data") else []
+    return "; ".join(known) or (
+        "images, their order, captions, categories, the split or the pixel format changed"
+    )

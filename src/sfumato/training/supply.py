@@ -1,0 +1,70 @@
+"""The batches of a run in order, whatever happens to the processes that read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from sfumato.data import Batch, BatchPlan, Dataset, batches
+from sfumato.errors import DataError
+from sfumato.process.signals import poll, raise_if_requested
+
+MAX_RESTARTS = 3  # of the processes that read ahead, within FORGIVEN batches
+FORGIVEN = 1000
+
+
+class Supply:
+    """An iterator of batches from a step on; readers that have died are started again.
+
+    Batches are a function of their step, so that nothing is lost or repeated.
+    """
+
+    def __init__(
+        self, dataset: Dataset, plan: BatchPlan, *, start: int, say: Callable[[str], None]
+    ) -> None:
+        self._dataset, self._plan, self._say = dataset, plan, say
+        self._step, self._restarts, self._last_restart = start, 0, start
+        self._batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """Return the next batch, and wait for it as long as it takes.
+
+        Raises:
+            Interrupted: if a signal has asked the process to stop.
+            DataError: if the processes that read ahead die again and again.
+        """
+        while True:
+            raise_if_requested()
+            if self._batches is None:
+                self._batches = batches(self._dataset, self._plan, start=self._step)
+            try:
+                batch = next(self._batches)
+            except RuntimeError as error:
+                if "timed out" in str(error):
+                    continue
+                if "DataLoader worker" not in str(error):
+                    raise
+                self._restart(error)
+                continue
+            self._step += 1
+            return batch
+
+    def _restart(self, error: RuntimeError) -> None:
+        poll()  # a signal to all processes of a run has ended those that read ahead, too
+        if self._step - self._last_restart > FORGIVEN:
+            self._restarts = 0
+        self._restarts, self._last_restart = self._restarts + 1, self._step
+        if self._restarts > MAX_RESTARTS:
+            raise DataError(
+                f"processes that read data ahead ended {self._restarts} times: {error}",
+                where=f"step {self._step}",
+                hint="they may lack memory: lower data.workers, or batch_size; `sfumato resume` "
+                "goes on",
+            )
+        self._batches = None
+        self._say(
+            f"warning: a process that reads data ahead has ended ({error}); all of them are "
+            f"started again at step {self._step}"
+        )
