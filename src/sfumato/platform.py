@@ -6,8 +6,11 @@ needs the file locks of Linux and macOS (use WSL). Windows is simulated by tests
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
+import signal
 import sys
 import threading
 import zlib
@@ -20,6 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None  # type: ignore[assignment]
 
+PR_SET_PDEATHSIG = 1  # of prctl.h
 HAS_FILE_LOCKS = fcntl is not None
 _READING = threading.Lock()
 
@@ -104,6 +108,16 @@ def sync(path: os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def die_with_parent(_: object = None) -> None:
+    """Let the system kill this process when its parent ends, on Linux.
+
+    A process that hangs in a read would otherwise stay for ever after its parent was killed.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

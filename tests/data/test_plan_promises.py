@@ -33,7 +33,7 @@ from sfumato.data import (
 from sfumato.data import batch_plan as planning
 from sfumato.errors import DataError
 from sfumato.networks import UNetConfig
-from sfumato.training import Budget, LogConfig, PreviewConfig, ValidationConfig, trainer
+from sfumato.training import Budget, LogConfig, PreviewConfig, ValidationConfig, supply
 from tests.helpers.image_bytes import encode, noise
 
 RANKS = (1, 2, 64)
@@ -323,13 +323,13 @@ def run_on(dataset_config: DataConfig) -> recipes.Run:
 
 def while_training(monkeypatch: pytest.MonkeyPatch, action) -> None:
     """Do something after indexing, before the first batch is read."""
-    original = trainer.batches
+    original = supply.batches
 
     def disturbed(dataset: Dataset, plan: BatchPlan, *, start: int):
         action(dataset)
         return original(dataset, plan, start=start)
 
-    monkeypatch.setattr(trainer, "batches", disturbed)
+    monkeypatch.setattr(supply, "batches", disturbed)
 
 
 def test_lost_images_are_listed_with_the_reason_and_training_goes_on(

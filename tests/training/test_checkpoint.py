@@ -273,5 +273,5 @@ def test_a_loss_far_above_its_least_is_not_sound(losses: tuple[float, ...], soun
     for loss in losses:
         counters.record_update(loss)
     assert counters.sound == sound
-    counters.skipped_in_a_row = 1
+    counters.record_skip()
     assert not counters.sound

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sfumato.errors import CheckpointError, RunError
 from sfumato.runs import load, resume, snapshot, train
@@ -71,7 +72,7 @@ def test_they_hold_the_averaged_weights_of_their_step(run: Path, step: int) -> N
 def test_the_nearest_before_is_found(run: Path, step: int, found: int) -> None:
     assert same(
         weights(run, step),
-        checkpoint.load_file(run / "snapshots" / f"step-{found:09d}.safetensors"),
+        load_file(run / "snapshots" / f"step-{found:09d}.safetensors"),
     )
 
 

@@ -85,12 +85,13 @@ def evaluate(
     category accuracy, and whether contexts work.
     """
     from sfumato.observability.progress import ProgressBar
+    from sfumato.process.signals import handled
     from sfumato.runs.evaluation import evaluate_run, evaluation_folder
     from sfumato.storage.output_paths import require_writable
 
     loras = parse_loras(lora)
     target = out or evaluation_folder(run, reference, loras) / "evaluation.json"
-    with ProgressBar("evaluating") as bar:
+    with handled(), ProgressBar("evaluating") as bar:
         report, remarks = evaluate_run(
             run,
             reference=reference,

@@ -1,7 +1,8 @@
 """The program `sfumato`: its commands, and what happens when something goes wrong.
 
 Exit codes: 0 done, 1 a bug in sfumato, 2 the user can fix it, 3 training diverged or a model's
-output is not finite, 130 and 143 interrupted with a checkpoint or finished images saved.
+output is not finite, 74 the last checkpoint could not be written, 75 nothing moved any more; 129,
+130 and 143 interrupted with a checkpoint or finished images saved.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from sfumato.cli.sweep import sweep
 from sfumato.cli.system_errors import in_words
 from sfumato.cli.train import resume, train
 from sfumato.errors import SfumatoError
+from sfumato.process.streams import be_patient
 
 UNKNOWN = "\n  hint: run again with --debug and report it"
 
@@ -79,6 +81,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     keep_memory()
     exit_quickly()
+    be_patient()
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

@@ -25,6 +25,14 @@ def train(
     run: Annotated[
         Path | None, typer.Option(help="Directory of the new run; by default runs/NAME.")
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run at --run if it is there: the same command begins a training "
+            "and, after an interruption, goes on with it.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -49,7 +57,7 @@ def train(
     if not dry_run:
         from sfumato import runs
 
-        typer.echo(runs.train(source, overrides=overrides or (), run=run))
+        typer.echo(runs.train(source, overrides=overrides or (), run=run, resumes=resume))
         return
     from sfumato.runs.dry_run import plan
 
@@ -63,8 +71,26 @@ def train(
 def resume(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
     overrides: Overrides = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            "--from",
+            metavar="STEP",
+            help="Go on from the checkpoint of this step; newer ones are set aside.",
+        ),
+    ] = None,
+    accept_data_change: Annotated[
+        bool,
+        typer.Option(
+            "--accept-data-change",
+            help="Go on though the images have changed, for example since some were added: a new "
+            "epoch of them begins.",
+        ),
+    ] = False,
 ) -> None:
     """Resume a run from its latest checkpoint, bit for bit."""
     from sfumato import runs
 
-    typer.echo(runs.resume(run, overrides=overrides or ()))
+    typer.echo(
+        runs.resume(run, overrides=overrides or (), step=step, accepts_data=accept_data_change)
+    )

@@ -30,11 +30,14 @@ class BatchPlan:
         shapes: of each image of the set, an index into the format's shapes, (size,); an image
             with repeats stands for itself several times.
         batch_size: B, the global one.
+        begins: the batch at which the first epoch of this set begins; a run that went on with other
+            data saw other batches before.
     """
 
     seed: int
     shapes: NDArray[np.int64]
     batch_size: int
+    begins: int = 0
 
     @property
     def size(self) -> int:
@@ -44,13 +47,14 @@ class BatchPlan:
     @property
     def hash(self) -> str:
         """A hash that is equal for plans that give the same batches."""
+        begins = f"{self.begins} " if self.begins else ""
         return hashlib.sha256(
-            f"{self.seed} {self.batch_size} ".encode() + self.shapes.astype("<i8").tobytes()
+            f"{self.seed} {self.batch_size} {begins}".encode() + self.shapes.astype("<i8").tobytes()
         ).hexdigest()
 
     def samples(self, first: int, count: int) -> NDArray[np.int64]:
         """Return the positions in the set of `count` samples from `first` on, shape (count,)."""
-        numbers = np.arange(first, first + count)
+        numbers = np.arange(first, first + count) - self.begins * self.batch_size
         epochs, places = numbers // self.size, numbers % self.size
         chosen = np.empty(count, np.int64)
         for epoch in np.unique(epochs):

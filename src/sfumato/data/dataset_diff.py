@@ -104,6 +104,17 @@ def changes(before: Mapping[str, Any], dataset: Dataset) -> list[str]:
     return sentences or (["the order of the images differs"] if "order" in differing else [])
 
 
+def held_out_after_training(before: Mapping[str, Any], dataset: Dataset) -> list[str]:
+    """Return the names of held-out images that were trained on before, as far as is recorded."""
+    held_out = set(before.get("holdout_files", ()))
+    trained = {row[0] for name, row in before.get("files", {}).items() if name not in held_out}
+    return [
+        dataset.entries[position].name
+        for position in dataset.holdout
+        if dataset.ids[position][:WIDTH] in trained
+    ]
+
+
 def _of_files(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -> Iterator[str]:
     gone, added = (
         [name for name in old if name not in new],

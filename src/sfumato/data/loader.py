@@ -22,6 +22,7 @@ from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.dataset import Dataset
 from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import Reject
+from sfumato.platform import die_with_parent
 
 TIMEOUT_S = 1.0  # of waiting for processes that read ahead, after which signals are looked at
 # they lie over the image, and move along with it
@@ -180,6 +181,7 @@ def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]
         prefetch_factor=4 if workers else None,
         timeout=TIMEOUT_S if workers else 0,
         collate_fn=_identity,
+        worker_init_fn=die_with_parent if workers else None,
     )
     iterator: Iterator[Batch] = iter(loader)
     if workers and threading.current_thread() is threading.main_thread():

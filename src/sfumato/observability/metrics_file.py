@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import torch
 
 from sfumato.platform import peak_memory
 from sfumato.storage.atomic import write_text
+
+MAX_UNWRITTEN = 8 << 20  # bytes of records that are kept while the disk is full
 
 
 class MetricsFile:
@@ -21,13 +27,13 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
-        self._path = path
+        self._path, self._unwritten = path, b""
         self._file = self._opened(after_step)
 
-    def _opened(self, after_step: int) -> TextIO:
+    def _opened(self, after_step: int) -> FileIO:
         records = [line for line in read_lines(self._path) if _step(line) <= after_step]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in records))
-        return self._path.open("a")
+        return self._path.open("ab", buffering=0)
 
     def drop_after(self, step: int) -> None:
         """Drop the records of later steps, which will be trained again."""
@@ -35,12 +41,27 @@ class MetricsFile:
         self._file = self._opened(step)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; numbers that JSON lacks (NaN, infinities) become null."""
-        self._file.write(json.dumps(finite_or_null(record)) + "\n")
-        self._file.flush()
+        """Append one record; numbers that JSON lacks (NaN, infinities) become null.
+
+        Records that could not be written, since the disk is full, are written with a later one.
+
+        Raises:
+            OSError: if the file cannot be written to; no part of a record is left in it.
+        """
+        line = json.dumps(finite_or_null(record)).encode() + b"\n"
+        self._unwritten = (self._unwritten + line)[-MAX_UNWRITTEN:]
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(self._unwritten) != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(size)
+            raise
+        self._unwritten = b""
 
     def close(self) -> None:
-        """Close the file; every record has been flushed already."""
+        """Close the file; every record has been written already."""
         self._file.close()
 
     def __enter__(self) -> Self:

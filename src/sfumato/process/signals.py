@@ -17,17 +17,21 @@ from sfumato.process import watchdog
 STOP = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
-SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
+HANGUP, SAVE = getattr(signal, "SIGHUP", None), getattr(signal, "SIGUSR1", None)  # not on Windows
 # within which a second signal counts as the first: programs that start others often forward what a
 # whole group of processes has received already
 SAME_S = 0.5
 
 
 class Interrupted(Exception):
-    """Raised when a signal has asked the process to stop."""
+    """Raised when a signal has asked the process to stop.
+
+    Attributes:
+        is_said: whether the person was told what was saved.
+    """
 
     def __init__(self, number: int) -> None:
-        self.exit_code = 128 + number
+        self.exit_code, self.is_said = 128 + number, False
         super().__init__(signal.Signals(number).name)
 
 
@@ -42,8 +46,8 @@ class _Handler:
 
     def install(self) -> None:
         for number in (*STOP, *([] if SAVE is None else [SAVE])):
-            if signal.getsignal(number) is signal.SIG_IGN and number != SAVE:
-                continue  # as nohup asks for
+            if number == HANGUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup asks for that
             try:
                 self._previous[number] = signal.signal(number, self._receive)
             except ValueError:  # not the main thread: whoever owns it decides

@@ -67,6 +67,7 @@ KEYS = (
     "checkpoint",
     "validation",
     "preview",
+    "stall_minutes",
     "stop",
     "name",
     "data",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from sfumato import config as configuration
 from sfumato.data import Dataset
 from sfumato.errors import RunError
 from sfumato.observability.progress import console
+from sfumato.process.signals import Interrupted, handled
+from sfumato.process.watchdog import watching
 from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
 from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve, resolve_config
@@ -27,23 +32,57 @@ from sfumato.runs.preparation import PreparedRun, prepare, print_padding_costs
 from sfumato.runs.sweep import sweep_after_training
 from sfumato.runs.text_encoders import release_encoders
 from sfumato.runs.trainer_assembly import diffusion_trainer
+from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory, commit
 from sfumato.training import Trainer
 from sfumato.training.parameters import describe
 
+PREPARING_STALL_MINUTES = 120.0  # in which neither an image nor anything else is read
+
 
 def train(
-    source: str | Path | Run, *, overrides: Overrides = (), run: str | Path | None = None
+    source: str | Path | Run,
+    *,
+    overrides: Overrides = (),
+    run: str | Path | None = None,
+    resumes: bool = False,
 ) -> Path:
     """Train from a recipe, a YAML file or a folder of images; return the run directory.
 
     Args:
         overrides: settings as a mapping or as "a.b=c" strings.
         run: the new run's directory; by default runs/<name>, numbered if taken.
+        resumes: whether a run that is there is resumed; the same call then begins it, goes on, and
+            does nothing once it is finished.
     """
+    if resumes:
+        if run is None:
+            raise RunError(
+                "which run is to be resumed?",
+                where="resume",
+                hint="name its directory with --run, also the first time",
+            )
+        if os.path.lexists(Path(run) / "config.yaml"):
+            return resume(run, overrides=overrides)
     if run is not None:
         RunDirectory.require_free(Path(run))
-    return _train(source, resolve_config(source, overrides), run)
+    with _supervised():
+        return _train(source, resolve_config(source, overrides), run)
+
+
+@contextmanager
+def _supervised() -> Iterator[None]:
+    """Handle signals and hangs, also while data are read and images encoded."""
+    with handled(), watching(PREPARING_STALL_MINUTES):
+        try:
+            yield
+        except Interrupted as signal:
+            if not signal.is_said:
+                console().print(
+                    f"{signal}: stopped before training; what was read and encoded so far is kept",
+                    markup=False,
+                )
+            raise
 
 
 def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | None) -> Path:
@@ -106,7 +145,8 @@ def finetune(
         model, source, overrides, lora=lora, partial=partial, variant=variant, like=like
     )
     console().print("\n".join(planned.lines), markup=False)
-    path = _train(source, planned.resolved(overrides), run)
+    with _supervised():
+        path = _train(source, planned.resolved(overrides), run)
     report = finetuning_report(path)
     report.save(path / REPORT)
     console().print(report.table(), markup=False)
@@ -118,24 +158,38 @@ def finetune(
     return path
 
 
-def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
+def resume(
+    path: str | Path,
+    *,
+    overrides: Overrides = (),
+    step: int | None = None,
+    accepts_data: bool = False,
+) -> Path:
     """Resume a run from its newest whole checkpoint, bit for bit; return the run directory.
 
     What the overrides change is printed.
+
+    Args:
+        step: the checkpoint to go on from, by default the newest; newer ones are set aside.
+        accepts_data: whether the run goes on if its data have changed: images were added, for
+            example. A new epoch of them then begins.
     """
     directory = RunDirectory.existing(Path(path))
     directory.require_trainable()
-    with directory.locked():
-        trainer = _restore_trainer(directory, overrides)
-        step = trainer.state.counters.step
+    with _supervised(), directory.locked():
+        if step is not None:
+            for aside in checkpoint.set_newer_aside(directory.checkpoints, step=step):
+                console().print(f"set aside: {aside}", markup=False)
+        trainer = _restore_trainer(directory, overrides, accepts_data=accepts_data)
+        reached = trainer.state.counters.step
         limits = [name for name, most in asdict(trainer.config.budget).items() if most is not None]
         if trainer.finished and directory.status().get("state") == "finished":
             console().print(
-                f"finished already, at step {step}; to go on, raise its budget: sfumato resume "
+                f"finished already, at step {reached}; to go on, raise its budget: sfumato resume "
                 f"{path} budget.{limits[0]}=..."
             )
             return directory.path
-        console().print(f"resuming at step {step}")
+        console().print(f"resuming at step {reached}")
         dataset, seconds = _run_to_the_end(trainer)
         del trainer  # its memory is needed again
         sweep_after_training(directory.path, resolve(path), dataset, seconds=seconds)
@@ -157,7 +211,9 @@ def _report(path: Path) -> None:
         console().print(f"warning: the report could not be written: {error}", markup=False)
 
 
-def _restore_trainer(directory: RunDirectory, overrides: Overrides) -> Trainer:
+def _restore_trainer(
+    directory: RunDirectory, overrides: Overrides, *, accepts_data: bool
+) -> Trainer:
     """Return the trainer as its newest checkpoint left it.
 
     What cannot go on is refused before the run's description is touched.
@@ -176,7 +232,7 @@ def _restore_trainer(directory: RunDirectory, overrides: Overrides) -> Trainer:
             _write_description(prepared, directory)
             return build_trainer(prepared, directory)
     trainer = build_trainer(prepared, directory)
-    for warning in trainer.resume():
+    for warning in trainer.resume(accepts_data=accepts_data):
         screen.print(f"warning: {warning}", markup=False)
     directory.require_space(trainer.disk_bytes())
     _write_description(prepared, directory)

@@ -130,6 +130,25 @@ def _is_sound(path: Path) -> bool:
         return True  # `load` says what is wrong with it
 
 
+def set_newer_aside(root: Path, *, step: int) -> list[Path]:
+    """Rename the checkpoints after a step to `.replaced`, so that a run goes on from that step.
+
+    Raises:
+        CheckpointError: listing the steps there are, if it has no checkpoint of that step.
+    """
+    found = {int(path.name[5:]): path for path in paths(root)}
+    if step not in found:
+        raise CheckpointError(
+            f"there is no checkpoint of step {step}",
+            where=str(root),
+            hint=f"there are {', '.join(map(str, sorted(found))) or 'none'}; checkpoint.keep says "
+            "how many are kept",
+        )
+    aside = [set_aside(path, "replaced") for number, path in found.items() if number > step]
+    _point_latest(root, found[step].name)
+    return aside
+
+
 def set_diverged_aside(root: Path) -> int | None:
     """Rename checkpoints newer than the newest sound one to `.diverged`.
 

@@ -55,7 +55,7 @@ def read_tensors(path: Path, *, finite: bool = True) -> dict[str, Tensor]:
             head = file.read(8)
         if len(head) == 8 and struct.unpack("<Q", head)[0] > MAX_HEAD_BYTES:
             raise CheckpointError(
-                f"lists its tensors in more than {MAX_HEAD_BYTES >> 20} MiB, and is not read",
+                f"cannot be read: it lists its tensors in more than {MAX_HEAD_BYTES >> 20} MiB",
                 where=str(path),
             )
         tensors = load_file(path)

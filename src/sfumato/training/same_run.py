@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfumato.data import BatchPlan, Dataset
-from sfumato.data.dataset_diff import changes
+from sfumato.data.dataset_diff import changes, held_out_after_training
 from sfumato.errors import CheckpointError
 from sfumato.storage.base_parts import PARTS, require_same_parts
 from sfumato.storage.checkpoint import Checkpoint
@@ -36,24 +36,30 @@ def require_same_run(
     plan: BatchPlan,
     facts: Mapping[str, Any],
     directory: RunDirectory,
+    *,
+    accepts_data: bool = False,
 ) -> list[str]:
-    """Return warnings about changes that do not matter to the run.
+    """Return warnings about changes that do not matter to the run, or that are accepted.
 
     Args:
         facts: what the task would write into a checkpoint now.
+        accepts_data: whether the data may have changed.
     Raises:
         CheckpointError: if the data, the seed, the batch size, or a model that is not trained have
             changed.
     """
     state, where = loaded.state, str(loaded.path)
-    if state.get("data") != dataset.fingerprint:
+    warnings = []
+    if state.get("data") != dataset.fingerprint and accepts_data:
+        warnings = _accepted(state, dataset, directory)
+    elif state.get("data") != dataset.fingerprint:
         raise CheckpointError(
             f"the data are not what this run was trained on: {_data_changes(state, dataset, directory)}",
             where=where,
             hint="restore them as they were; or go on with them as they are, in a new epoch: "
             "`sfumato resume RUN --accept-data-change`",
         )
-    if state.get("plan") != plan.hash:
+    elif state.get("plan") != plan.hash:
         raise CheckpointError(
             "seed or batch_size are not what this run began with, so that samples would be "
             "repeated or left out",
@@ -69,7 +75,21 @@ def require_same_run(
                 where=where,
                 hint=hint,
             )
-    return require_same_parts(state.get(PARTS, {}), facts.get(PARTS, {}), where=where)
+    return warnings + require_same_parts(state.get(PARTS, {}), facts.get(PARTS, {}), where=where)
+
+
+def _accepted(state: Mapping[str, Any], dataset: Dataset, directory: RunDirectory) -> list[str]:
+    """Say what has changed in the data, and what follows from it."""
+    lines = [
+        f"the data have changed: {_data_changes(state, dataset, directory)}; a new epoch begins"
+    ]
+    known = held_out_after_training(directory.data_record(), dataset)
+    if known:
+        lines.append(
+            f"{len(known)} held-out images, e.g. {known[0]}, were trained on before: errors on "
+            "held-out images are too good from now on"
+        )
+    return lines
 
 
 def _data_changes(state: Mapping[str, Any], dataset: Dataset, directory: RunDirectory) -> str:

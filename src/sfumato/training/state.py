@@ -85,17 +85,16 @@ class Counters:
         self.skipped_in_a_row += 1
         self.trouble = self.updates
 
-    def record_rollback(self, first: int, last: int, *, rollbacks: int, seconds: float) -> None:
+    def record_rollback(self, before: Counters, first: int, last: int) -> None:
         """Count a return to the checkpoint that these counters are of.
 
         Args:
+            before: the counters until now; the time that was in vain was spent, too.
             first, last: steps that are passed over from now on.
-            rollbacks: before this one.
-            seconds: of training, those that were in vain included.
         """
-        self.trouble, self.rollbacks = self.updates, rollbacks + 1
-        self.seconds = max(self.seconds, seconds)
-        self.passed_over.append([first, last])
+        self.trouble, self.rollbacks = self.updates, before.rollbacks + 1
+        self.seconds = max(self.seconds, before.seconds)
+        self.passed_over = [*before.passed_over, [first, last]]
 
     def record_update(self, loss: float) -> None:
         """Count an update, and add the loss of its step to the moving average."""

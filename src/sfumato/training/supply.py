@@ -51,6 +51,12 @@ class Supply:
             self._step += 1
             return batch
 
+    def close(self) -> None:
+        """End the processes that read ahead, also those that hang in a read."""
+        for process in getattr(self._batches, "_workers", ()):
+            process.kill()
+        self._batches = None
+
     def _restart(self, error: RuntimeError) -> None:
         poll()  # a signal to all processes of a run has ended those that read ahead, too
         if self._step - self._last_restart > FORGIVEN:
@@ -63,7 +69,7 @@ class Supply:
                 hint="they may lack memory: lower data.workers, or batch_size; `sfumato resume` "
                 "goes on",
             )
-        self._batches = None
+        self.close()
         self._say(
             f"warning: a process that reads data ahead has ended ({error}); all of them are "
             f"started again at step {self._step}"

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,15 +126,25 @@ class Trainer:
             nullcontext  # validation's batches would be compiled once more
         )
 
-    def resume(self) -> list[str]:
+    def resume(self, *, accepts_data: bool = False) -> list[str]:
         """Load the newest whole checkpoint, and return warnings about newer ones that are damaged.
 
+        Args:
+            accepts_data: whether the data may have changed; a new epoch of them then begins.
         Raises:
             CheckpointError: if there is none, or the data, the seed or the batch size have changed.
         """
         loaded, warnings = checkpoint.load_newest(self.directory.checkpoints)
+        changed = loaded.state.get("data") != self._fingerprint
+        begins = loaded.step if accepts_data and changed else loaded.state.get("plan_begins", 0)
+        self.plan = replace(self.plan, begins=int(begins))
         warnings += require_same_run(
-            loaded, self.dataset, self.plan, self.task.facts, self.directory
+            loaded,
+            self.dataset,
+            self.plan,
+            self.task.facts,
+            self.directory,
+            accepts_data=accepts_data,
         )
         checkpoint.require_frozen(loaded, self.state.frozen_tensors())
         self.state.restore(loaded.tensors, loaded.counters)
@@ -201,6 +211,7 @@ class Trainer:
         except UnstableError as trouble:
             done = f"step {step} is not saved, since {trouble.what}"
         self.directory.write_status("interrupted", step, signal=str(signal))
+        signal.is_said = True
         bar.say(f"{signal}: {done}; `sfumato resume {self.directory.root}` goes on from there")
 
     def _watched_by(self, guardian: Watchdog) -> None:
@@ -213,6 +224,7 @@ class Trainer:
                 self._saver.wait()
                 self._writer()(self.state.tensors())
 
+        guardian.seconds = 60 * self.config.stall_minutes
         guardian.file, guardian.on_stall = self.directory.path / "stacks.txt", save
 
     def _session(self, bar: ProgressBar) -> Session:
@@ -295,9 +307,16 @@ class Trainer:
                 self._go_back(trouble, session)
 
     def _train(self, session: Session) -> None:
+        start = self.state.counters.step
+        supply = Supply(self.dataset, self.plan, start=start, say=session.bar.say)
+        try:
+            self._train_on(supply, session)
+        finally:
+            supply.close()
+
+    def _train_on(self, supply: Supply, session: Session) -> None:
         counters, bar = self.state.counters, session.bar
         clock = Clock(counters.seconds, counters.step)
-        supply = Supply(self.dataset, self.plan, start=counters.step, say=bar.say)
         bar.start_at(self.progress)
         while True:
             signals.poll()
@@ -395,9 +414,8 @@ class Trainer:
         if gives_up:
             raise self._given_up(trouble, sound, file)
         loaded, _ = checkpoint.load_newest(directory.checkpoints)
-        rollbacks, seconds = counters.rollbacks, counters.seconds
         self.state.restore(loaded.tensors, loaded.counters)
-        self.state.counters.record_rollback(first, last, rollbacks=rollbacks, seconds=seconds)
+        self.state.counters.record_rollback(counters, first, last)
         post_hoc_ema.forget(directory.averages, after=self.state.counters.step)
         for hook in self.hooks:
             hook.go_back(self)
@@ -685,6 +703,7 @@ class Trainer:
             "data": self._fingerprint,
             **self.task.facts,
             "plan": self.plan.hash,
+            "plan_begins": self.plan.begins,
             "frozen": self._frozen,
             "frozen_storage": checkpoint.storage_of(self.state.frozen_tensors()),
             "config": self.saved_config,
