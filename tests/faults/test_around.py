@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from sfumato.storage import checkpoint
-from sfumato.training import denoising_error, trainer
+from sfumato.training import denoising_error, saving, trainer
 from tests.faults.conftest import Case
 from tests.faults.injector import Child, counters, has_step, leftovers, newest, status
 from tests.helpers.runs import fingerprint, images
@@ -105,7 +105,9 @@ def trainer_is_at(step: int) -> bool:
     )
 
 
-def during(case: Case, mark: Path, *arguments: str, patch: Callable[[], None]) -> tuple[Path, Child]:
+def during(
+    case: Case, mark: Path, *arguments: str, patch: Callable[[], None]
+) -> tuple[Path, Child]:
     run = case.lab.new("run")
     child = case.lab.start("train", case.recipe, "--run", run, *arguments, patch=patch)
     child.until(mark.exists)
@@ -119,9 +121,7 @@ def during(case: Case, mark: Path, *arguments: str, patch: Callable[[], None]) -
 
 def test_a_signal_in_a_validation_is_obeyed_before_its_end(pixel: Case, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    patch = slow(
-        denoising_error.Triples, "part", 0.3, mark, lambda: trainer_is_at(3)
-    )
+    patch = slow(denoising_error.Triples, "part", 0.3, mark, lambda: trainer_is_at(3))
     run, child = during(
         pixel, mark, "validation.every_steps=3", "validation.samples=4000", patch=patch
     )
@@ -281,7 +281,7 @@ def test_sigterm_while_readers_hang_is_obeyed(pixel: Case) -> None:
 
 def quick_waits() -> None:
     trainer.LAST_WAITS_S = trainer.STOP_WAITS_S = (0.1, 0.2, 0.3)
-    trainer.RETRY_S = 0.1
+    saving.RETRY_S = 0.1
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def test_a_disk_that_is_full_at_the_end_is_not_called_finished(
 
         def step(self: Any, batch: Any) -> Any:
             if self.state.counters.step == 10:
-                self._saver.wait()
+                self.saver.finish()
                 fill(small_disk, leave)
             return real(self, batch)
 
@@ -344,7 +344,7 @@ def test_a_disk_that_was_full_for_a_while_loses_nothing(pixel: Case, small_disk:
 
         def step(self: Any, batch: Any) -> Any:
             if self.state.counters.step == 5:
-                self._saver.wait()
+                self.saver.finish()
                 fill(small_disk)
             if self.state.counters.step == 14:
                 (small_disk / "ballast").unlink()

@@ -325,11 +325,11 @@ def test_disk_space_counts_frozen_parameters_once(folder: Path, tmp_path: Path) 
         for one in (small, large)
     ]
     assert numbers[1] > numbers[0]
-    assert large.disk_bytes() - small.disk_bytes() == 4 * (numbers[1] - numbers[0])
+    assert large.saver.disk_bytes() - small.saver.disk_bytes() == 4 * (numbers[1] - numbers[0])
     for one in (small, large):
-        one._writer()(one.state.tensors())
+        one.saver.save_now()
         one.resume()
-    assert large.disk_bytes() == small.disk_bytes()  # they are on the disk already
+    assert large.saver.disk_bytes() == small.saver.disk_bytes()  # they are on the disk already
 
 
 def test_what_is_printed_says_how_many_are_trained(

@@ -23,7 +23,7 @@ from sfumato.recipes.resolver import resolve
 from sfumato.runs import resume, train
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training import Budget, MuonConfig, Trainer
+from sfumato.training import Budget, MuonConfig, Trainer, guard
 from tests.helpers.runs import fingerprint, images, tiny_run
 
 
@@ -339,17 +339,17 @@ def test_nan_is_skipped_and_too_many_stop_the_run(folder, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Trainer, "_backward", poisoned)
     with pytest.raises(DivergedError, match="learning_rate") as caught:
-        train(tiny_run(folder, budget=Budget(steps=60)), run=tmp_path / "run")
+        train(tiny_run(folder, budget=Budget(steps=120)), run=tmp_path / "run")
     assert caught.value.exit_code == 3
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     skipped = [line["train/skipped"] for line in lines if "train/skipped" in line]
-    assert skipped[:4] == [0, 0, 0, 1]
-    skipping = max((tmp_path / "run" / "checkpoints").glob("*.diverged"))
-    newest = checkpoint.load(skipping)
-    assert all(torch.isfinite(value).all() for value in newest.tensors["model"].values())
-    assert newest.state["counters"]["updates"] == 3
+    assert skipped[:3] == [0, 0, 0]
+    assert skipped[-1] == guard.SKIPS_IN_A_ROW
+    (first,) = checkpoint.paths(tmp_path / "run" / "checkpoints")
+    assert first.name == "step-000000000"  # none is saved while steps are skipped
+    assert len(list((tmp_path / "run" / "incidents").iterdir())) == guard.MAX_ROLLBACKS + 1
 
 
 def test_a_run_that_diverged_goes_on_from_before_its_loss_rose(folder, tmp_path) -> None:

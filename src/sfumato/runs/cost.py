@@ -120,7 +120,7 @@ def _estimate_stage(
         seconds=steps * step_s + evaluation_s,
         epochs=steps * batch / size,
         memory_gib=peak_gib(trainer.device),
-        disk_gib=trainer.disk_bytes() / 2**30,
+        disk_gib=trainer.saver.disk_bytes() / 2**30,
         images=steps * batch,
         looks_s=evaluation_s,
         trial_s=time.perf_counter() - begun,

@@ -234,7 +234,7 @@ def _restore_trainer(
     trainer = build_trainer(prepared, directory)
     for warning in trainer.resume(accepts_data=accepts_data):
         screen.print(f"warning: {warning}", markup=False)
-    directory.require_space(trainer.disk_bytes())
+    directory.require_space(trainer.saver.disk_bytes())
     _write_description(prepared, directory)
     return trainer
 

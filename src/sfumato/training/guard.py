@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import DivergedError
 from sfumato.observability.metrics_file import finite_or_null
+from sfumato.observability.progress import ProgressBar, short
+from sfumato.storage import checkpoint
 from sfumato.storage.atomic import write_text
+from sfumato.training import post_hoc_ema
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sfumato.training.trainer import Trainer
+    from sfumato.training.hooks import Session
+    from sfumato.training.trainer import StepResult, Trainer
 
 SKIPS_IN_A_ROW = 20  # steps without an update, after which training goes back
 MAX_ROLLBACKS = 3  # one after another, after which the run ends
@@ -130,3 +134,84 @@ class Recent:
     def rows(self) -> list[dict[str, Any]]:
         """Return the steps, oldest first."""
         return list(self._rows)
+
+
+def judge(trainer: Trainer, result: StepResult, bar: ProgressBar) -> None:
+    """Say which step was skipped, and whether training has left its course.
+
+    Raises:
+        UnstableError: if too many were in a row, or the loss has jumped.
+    """
+    counters = trainer.state.counters
+    step = counters.step - 1  # whose batch it was
+    trainer.recent.add(step, result.loss, result.gradient_norms, applied=result.applied)
+    if not result.applied and counters.skipped <= NAMED:
+        names = trainer.image_names(step)
+        more = "" if len(names) <= NAMED else f", and {len(names) - NAMED} more"
+        bar.say(
+            f"step {step} is skipped: its loss or gradient is not finite; its images: "
+            f"{', '.join(names[:NAMED])}{more}"
+        )
+    if counters.skipped_in_a_row >= SKIPS_IN_A_ROW:
+        raise UnstableError(
+            f"{SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient",
+            first=counters.step - SKIPS_IN_A_ROW,
+            step=counters.step,
+        )
+    if result.applied and has_jumped(counters.losses):
+        raise UnstableError(
+            f"the loss has jumped to {short(counters.loss)}",
+            first=max(0, counters.step - WINDOW),
+            step=counters.step,
+        )
+
+
+def go_back(trainer: Trainer, trouble: UnstableError, session: Session) -> None:
+    """Load the newest checkpoint from before the trouble; its batches are then passed over.
+
+    Raises:
+        DivergedError: if there is none, or training has gone back too often.
+    """
+    counters, directory = trainer.state.counters, trainer.directory
+    trainer.saver.finish()
+    sound = checkpoint.set_diverged_aside(directory.checkpoints)
+    gives_up = sound is None or counters.rollbacks >= MAX_ROLLBACKS
+    first, last = max(trouble.first, sound or 0), counters.step - 1
+    incident = Incident(
+        reason=trouble.what,
+        first=first,
+        last=last,
+        resumed_from=None if gives_up else sound,
+        steps=trainer.recent.rows(),
+    )
+    file = incident.write(trainer)
+    if gives_up:
+        raise _given_up(trainer, trouble, sound, file)
+    loaded, _ = checkpoint.load_newest(directory.checkpoints)
+    trainer.state.restore(loaded.tensors, loaded.counters)
+    trainer.state.counters.record_rollback(counters, first, last)
+    post_hoc_ema.forget(directory.averages, after=trainer.state.counters.step)
+    for hook in trainer.hooks:
+        hook.go_back(trainer)
+    session.go_back(trainer.state.counters.step)
+    session.bar.say(
+        f"warning: {trouble.what} at {trouble.where}: training goes back to step {sound}, and "
+        f"the batches of steps {first} to {last} are passed over; what is known of them: {file}"
+    )
+
+
+def _given_up(
+    trainer: Trainer, trouble: UnstableError, sound: int | None, file: Path
+) -> DivergedError:
+    start = (
+        ""
+        if sound is None
+        else f"; `sfumato resume {trainer.directory.root}` begins at step {sound}, before the "
+        "loss rose"
+    )
+    again = trainer.state.counters.rollbacks
+    return DivergedError(
+        trouble.what + (f", after going back {again} times" if again else ""),
+        where=f"{trouble.where}; what is known of it: {file}",
+        hint=f"{trouble.hint}{start}",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ from sfumato.observability.metrics_file import MetricsFile
 from sfumato.observability.progress import ProgressBar
 from sfumato.observability.sinks import Sink
 from sfumato.process.signals import poll
+from sfumato.training.unreadable import UnreadableImages
 
 if TYPE_CHECKING:
     from sfumato.training.trainer import Trainer
@@ -26,10 +28,12 @@ class Session:
 
     Attributes:
         sinks: that metrics are written to.
+        unreadable: the list of images that could not be read.
     """
 
     bar: ProgressBar
     sinks: Sequence[Sink]
+    unreadable: UnreadableImages
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a record of metrics to every sink; one that fails only causes a warning."""
@@ -44,6 +48,14 @@ class Session:
         for sink in self.sinks:
             if isinstance(sink, MetricsFile):
                 sink.drop_after(step)
+        self.unreadable.go_back(step)
+
+    def close(self) -> None:
+        """Close all sinks."""
+        for sink in self.sinks:
+            with suppress(OSError):
+                sink.close()
+        self.unreadable.close()
 
 
 class Hook(ABC):
@@ -105,7 +117,7 @@ class Snapshot(Hook):
 
     def run(self, trainer: Trainer, session: Session) -> None:
         """Save the averaged weights of this step."""
-        trainer.save_snapshot()
+        trainer.saver.save_snapshot()
 
 
 class SaveAverages(Hook):
@@ -119,7 +131,7 @@ class SaveAverages(Hook):
 
     def run(self, trainer: Trainer, session: Session) -> None:
         """Save the tracked averages if the next part of the budget is over."""
-        trainer.save_averages()
+        trainer.saver.save_averages()
 
 
 class Validation(Hook):

@@ -1,21 +1,237 @@
-"""Checkpoints written beside training: the state is copied, and a thread writes the copy."""
+"""What a run saves: checkpoints, written beside training, the last one, and weights that are kept."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sfumato.errors import CheckpointError
+from sfumato.errors import CheckpointError, UnsavedError
+from sfumato.observability.progress import ProgressBar
 from sfumato.platform import available_memory
+from sfumato.process import watchdog
+from sfumato.storage import checkpoint
+from sfumato.storage.untrusted import first_not_finite
+from sfumato.training import post_hoc_ema
+from sfumato.training.guard import WINDOW, UnstableError
+from sfumato.training.hooks import SNAPSHOTS
+from sfumato.training.parameters import count, trainable
+from sfumato.training.state import average_name
+
+if TYPE_CHECKING:
+    from sfumato.training.trainer import Trainer
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 ROOM = 2  # times the size of a copy that must be free for it
+# seconds between attempts to write the last checkpoint: of a run that has ended, and of one that was
+# asked to stop, which will soon be killed
+LAST_WAITS_S, STOP_WAITS_S = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60), (1, 2, 4, 8)
+RETRY_S = 30.0  # after which a checkpoint that could not be written is tried again
+BEST = 2  # files in best/: the kept one, and that of a checkpoint
 
 
-class Saver:
+class RunSaver:
+    """Saves the state of a trainer.
+
+    Args:
+        writes_frozen: whether the frozen parameters are written beside the checkpoints; if not,
+            checkpoints name their hash only.
+    """
+
+    def __init__(self, trainer: Trainer, *, writes_frozen: bool) -> None:
+        self.trainer, self._writes_frozen, self._frozen = trainer, writes_frozen, ""
+        self._background, self._retry_at = BackgroundWriter(), math.inf
+
+    def save(self, bar: ProgressBar) -> None:
+        """Save a checkpoint beside training; if that fails, it is tried again later.
+
+        Raises:
+            UnstableError: if the weights or their average are not finite; then nothing is saved.
+        """
+        self._retry_at = math.inf
+        self._attempt(bar, partial(self._background.begin, self._writer(), self._finite_tensors()))
+
+    def has_failed(self, bar: ProgressBar) -> bool:
+        """Say if the last checkpoint could not be written, and whether it is time to try again."""
+        self._attempt(bar, self._background.raise_if_failed)
+        return time.monotonic() > self._retry_at
+
+    def _attempt(self, bar: ProgressBar, save: Callable[[], object]) -> None:
+        try:
+            save()
+        except (CheckpointError, OSError) as error:
+            self._retry_at = time.monotonic() + RETRY_S
+            bar.say(f"warning: {error}")
+
+    def finish(self) -> None:
+        """Wait for what is being written; how that ends does not matter any more."""
+        with suppress(CheckpointError, OSError):
+            self._background.wait()
+
+    def save_now(self) -> None:
+        """Save a checkpoint, and wait for it.
+
+        Raises:
+            CheckpointError: if it could not be written.
+            UnstableError: if the weights or their average are not finite.
+        """
+        self.finish()
+        self._writer()(self._finite_tensors())
+
+    def disk_bytes(self) -> int:
+        """Return the bytes that checkpoints still to be written need, and a little for other files.
+
+        A checkpoint holds the weights, their averages and two moments, in float32. One checkpoint
+        more than `checkpoint.keep` exists until the oldest is removed. Snapshots are counted if the
+        budget limits the steps.
+        """
+        config, counters = self.trainer.config, self.trainer.state.counters
+        size = 4 * count(trainable(self.trainer.state.model))
+        written = self.trainer.is_new and self._writes_frozen
+        frozen = 4 * count(self.trainer.state.frozen_tensors().values()) if written else 0
+        widths, num = len(config.post_hoc_ema.widths), config.post_hoc_ema.num
+        averages = math.ceil(widths * num * (1 - counters.kept))
+        snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in SNAPSHOTS)
+        checkpoints = max(
+            1,
+            config.checkpoint.keep + 1 - len(checkpoint.paths(self.trainer.directory.checkpoints)),
+        )
+        best = max(0, BEST - len(list(self.trainer.directory.best.glob("step-*"))))
+        result: int = (
+            size * ((4 + widths) * checkpoints + averages + snapshots + best) + frozen + (16 << 20)
+        )
+        return result
+
+    def save_snapshot(self) -> Path:
+        """Save the averaged weights of this step to a file that is never removed."""
+        return checkpoint.save_snapshot(
+            self.trainer.directory.snapshots,
+            step=self.trainer.state.counters.step,
+            weights=self.trainer.state.trained(self.trainer.state.average),
+        )
+
+    def save_averages(self) -> None:
+        """Save the tracked averages if the next of the equal parts of the budget is over.
+
+        Other averages are reconstructed from them after training.
+
+        Raises:
+            CheckpointError: if one could not be written; the others are written, and training
+                continues.
+        """
+        counters, config = self.trainer.state.counters, self.trainer.config.post_hoc_ema
+        fraction = min(self.trainer.progress, 1.0)
+        if not counters.updates or int(fraction * config.num) <= int(counters.kept * config.num):
+            return
+        counters.kept = fraction
+        failed: list[CheckpointError] = []
+        for profile, average in self.trainer.state.tracked_averages.items():
+            place, facts = (
+                self.trainer.directory.averages / average_name(profile),
+                {post_hoc_ema.UPDATES: str(counters.updates)},
+            )
+            try:
+                checkpoint.save_snapshot(
+                    place,
+                    step=counters.step,
+                    weights=self.trainer.state.trained(average),
+                    facts=facts,
+                )
+            except CheckpointError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def _finite_tensors(self) -> dict[str, dict[str, Tensor]]:
+        tensors, step = self.trainer.state.tensors(), self.trainer.state.counters.step
+        for group in ("model", "ema"):
+            if (name := first_not_finite(tensors[group])) is not None:
+                raise UnstableError(
+                    f"{group}: {name} has values that are not finite",
+                    first=max(0, step - WINDOW),
+                    step=step,
+                )
+        return tensors
+
+    def save_last(self, bar: ProgressBar, waits_s: Sequence[float]) -> None:
+        """Save the state that a run ends with; a person may free space meanwhile.
+
+        Raises:
+            UnsavedError: if that fails to the end.
+        """
+        for wait_s in (*waits_s, None):
+            try:
+                self.save_now()
+                return
+            except (CheckpointError, OSError) as error:
+                if wait_s is None:
+                    raise self._unsaved(error) from None
+                bar.say(
+                    f"warning: the last checkpoint could not be saved ({error}); trying again in "
+                    f"{wait_s:g} s"
+                )
+                _pause(wait_s)
+
+    def _unsaved(self, error: Exception) -> UnsavedError:
+        newest = next(iter(checkpoint.paths(self.trainer.directory.checkpoints)), None)
+        step = self.trainer.state.counters.step
+        with suppress(OSError):
+            self.trainer.directory.write_status("unsaved", step, error=str(error))
+        return UnsavedError(
+            f"step {step} could not be saved, and is lost; the newest checkpoint is "
+            f"{'missing' if newest is None else newest.name}: {error}",
+            where=str(self.trainer.directory.path),
+            hint=f"free some space; `sfumato resume {self.trainer.directory.root}` trains the rest again",
+        )
+
+    def _writer(self) -> Callable[[Groups], object]:
+        """Return what writes tensors as a checkpoint of this step, also when training has gone on."""
+        self._frozen = self._frozen or self._save_frozen()
+        state = {
+            "counters": asdict(self.trainer.state.counters),
+            "data": self.trainer.fingerprint,
+            **self.trainer.task.facts,
+            "plan": self.trainer.plan.hash,
+            "plan_begins": self.trainer.plan.begins,
+            "frozen": self._frozen,
+            "frozen_storage": checkpoint.storage_of(self.trainer.state.frozen_tensors()),
+            "config": self.trainer.saved_config,
+        }
+        write = partial(
+            checkpoint.save,
+            self.trainer.directory.checkpoints,
+            step=self.trainer.state.counters.step,
+            state=state,
+            keep=self.trainer.config.checkpoint.keep,
+            sound=self.trainer.state.counters.sound,
+        )
+        return lambda tensors: write(tensors=tensors)
+
+    def _save_frozen(self) -> str:
+        """Return the hash of the frozen parameters, and write them if the run keeps them."""
+        tensors = self.trainer.state.frozen_tensors()
+        if not self._writes_frozen:
+            return checkpoint.digest(tensors)
+        return checkpoint.save_frozen(self.trainer.directory.checkpoints, tensors)
+
+
+def _pause(seconds: float) -> None:
+    """Wait while the watchdog is told that this is meant."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        watchdog.beat()
+        time.sleep(min(left, 1.0))
+
+
+class BackgroundWriter:
     """Writes one checkpoint at a time, in a thread where there is memory for a copy of it."""
 
     def __init__(self) -> None:

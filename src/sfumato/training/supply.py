@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from sfumato.data import Batch, BatchPlan, Dataset, batches
@@ -10,6 +11,7 @@ from sfumato.process.signals import poll, raise_if_requested
 
 MAX_RESTARTS = 3  # of the processes that read ahead, within FORGIVEN batches
 FORGIVEN = 1000
+REAP_S = 0.05
 
 
 class Supply:
@@ -41,15 +43,22 @@ class Supply:
                 self._batches = batches(self._dataset, self._plan, start=self._step)
             try:
                 batch = next(self._batches)
-            except RuntimeError as error:
-                if "timed out" in str(error):
+            except Exception as error:
+                if "timed out" in str(error) and isinstance(error, RuntimeError):
                     continue
-                if "DataLoader worker" not in str(error):
+                if not self._has_lost_reader():
                     raise
                 self._restart(error)
                 continue
             self._step += 1
             return batch
+
+    def _has_lost_reader(self) -> bool:
+        """Return whether a process that reads ahead has ended, whatever error that led to here."""
+        readers = getattr(self._batches, "_workers", ())
+        if readers:
+            time.sleep(REAP_S)  # until the system has noticed
+        return any(not process.is_alive() for process in readers)
 
     def close(self) -> None:
         """End the processes that read ahead, also those that hang in a read."""
@@ -57,7 +66,7 @@ class Supply:
             process.kill()
         self._batches = None
 
-    def _restart(self, error: RuntimeError) -> None:
+    def _restart(self, error: Exception) -> None:
         poll()  # a signal to all processes of a run has ended those that read ahead, too
         if self._step - self._last_restart > FORGIVEN:
             self._restarts = 0

@@ -7,58 +7,40 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from sfumato.data import Batch, BatchPlan, Dataset
-from sfumato.errors import CheckpointError, DataError, DivergedError, UnsavedError
+from sfumato.errors import CheckpointError, DataError, UnsavedError
 from sfumato.nn.accelerable import Accelerable
 from sfumato.observability.metrics_file import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.observability.sinks import open_sinks
 from sfumato.platform import is_out_of_memory
-from sfumato.process import signals, watchdog
+from sfumato.process import signals
 from sfumato.process.signals import Interrupted
 from sfumato.process.watchdog import Watchdog, watching
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.storage.untrusted import first_not_finite
 from sfumato.training import ema, post_hoc_ema
 from sfumato.training.autotune import precision_of, resolve_compile, resolve_precision
 from sfumato.training.config import TrainingConfig
-from sfumato.training.guard import (
-    MAX_ROLLBACKS,
-    NAMED,
-    SKIPS_IN_A_ROW,
-    WINDOW,
-    Incident,
-    Recent,
-    UnstableError,
-    has_jumped,
-)
-from sfumato.training.hooks import HOOKS, SNAPSHOTS, Hook, Session
-from sfumato.training.parameters import count, trainable
+from sfumato.training.guard import Recent, UnstableError, go_back, judge
+from sfumato.training.hooks import HOOKS, Hook, Session
 from sfumato.training.precision import DTYPES
 from sfumato.training.same_run import require_same_run
-from sfumato.training.saving import Groups, Saver
-from sfumato.training.state import TrainingState, average_name
+from sfumato.training.saving import LAST_WAITS_S, STOP_WAITS_S, RunSaver
+from sfumato.training.state import TrainingState
 from sfumato.training.stopping import STOP_AT
 from sfumato.training.supply import Supply
 from sfumato.training.tasks.protocol import SampleLosses, Task
 from sfumato.training.timetable import Timetable
+from sfumato.training.unreadable import UnreadableImages
 
-# seconds between attempts to write the last checkpoint: of a run that has ended, and of one that was
-# asked to stop, which will soon be killed
-LAST_WAITS_S, STOP_WAITS_S = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60), (1, 2, 4, 8)
-RETRY_S = 30.0  # after which a checkpoint that could not be written is tried again
-BEST = 2  # files in best/: the kept one, and that of a checkpoint
 LONG_S = 2.0  # seconds of measured steps, after which no further step is measured
-LOST_SHARE = 0.05  # of the dataset: more unreadable images than this stop the run
 
 
 class StepResult(NamedTuple):
@@ -114,13 +96,9 @@ class Trainer:
             seed=config.seed, shapes=dataset.shapes[dataset.epoch], batch_size=config.batch_size
         )
         self._new = True
-        self._frozen, self._writes_frozen = "", writes_frozen
-        self._lost: set[str] = set()
-        self._bad: MetricsFile | None = None
-        self._began = 0
         self.timetable = Timetable(self.state)
-        self._saver, self._retry_at = Saver(), math.inf
-        self._recent, self._whole = Recent(), True
+        self.saver = RunSaver(self, writes_frozen=writes_frozen)
+        self.recent, self._whole = Recent(), True
         self._say: Callable[[str], None] = lambda line: None
         self.uncompiled: Callable[[], AbstractContextManager[object]] = (
             nullcontext  # validation's batches would be compiled once more
@@ -135,7 +113,7 @@ class Trainer:
             CheckpointError: if there is none, or the data, the seed or the batch size have changed.
         """
         loaded, warnings = checkpoint.load_newest(self.directory.checkpoints)
-        changed = loaded.state.get("data") != self._fingerprint
+        changed = loaded.state.get("data") != self.fingerprint
         begins = loaded.step if accepts_data and changed else loaded.state.get("plan_begins", 0)
         self.plan = replace(self.plan, begins=int(begins))
         warnings += require_same_run(
@@ -164,6 +142,16 @@ class Trainer:
         """How often each training image was seen, on average."""
         return self.state.counters.samples_seen / self.plan.size
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of the data that this run trains on."""
+        return self.dataset.fingerprint
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing of the run was saved yet."""
+        return self._new
+
     def run(self) -> None:
         """Train to the end of the budget.
 
@@ -179,7 +167,7 @@ class Trainer:
             self._watched_by(guardian)
             self._say = bar.say
             self._prepare(bar)
-            session, self._began = self._session(bar), self.state.counters.step
+            session = self._session(bar)
             try:
                 self._loop(session)
             except Interrupted as signal:
@@ -187,26 +175,32 @@ class Trainer:
                 raise
             except BaseException as error:
                 if isinstance(error, DataError):  # between two steps: nothing need be lost
-                    self._save_last(bar, STOP_WAITS_S)
+                    self.saver.save_last(bar, STOP_WAITS_S)
                 state = "unsaved" if isinstance(error, UnsavedError) else "failed"
                 with suppress(OSError):  # the disk may be why
                     self.directory.write_status(state, self.state.counters.step, error=str(error))
                 raise
             finally:
                 guardian.on_stall = lambda message: None
-                for sink in (*session.sinks, *([] if self._bad is None else [self._bad])):
-                    with suppress(OSError):
-                        sink.close()
-                self._bad = None
-                with suppress(CheckpointError, OSError):
-                    self._saver.wait()
+                session.close()
+                self.saver.finish()
+            self._tell_what_was_left_out(bar)
             self.directory.write_status("finished", self.state.counters.step)
+
+    def _tell_what_was_left_out(self, bar: ProgressBar) -> None:
+        counters = self.state.counters
+        if counters.updates < counters.step:
+            bar.say(
+                f"{counters.step - counters.updates} of {counters.step} steps changed nothing: "
+                f"{counters.skipped} had a loss or gradient that is not finite, the others were "
+                "passed over"
+            )
 
     def _stop(self, signal: Interrupted, bar: ProgressBar) -> None:
         """Save, and say how to go on."""
         step = self.state.counters.step
         try:
-            self._save_last(bar, STOP_WAITS_S)
+            self.saver.save_last(bar, STOP_WAITS_S)
             done = f"saved at step {step}"
         except UnstableError as trouble:
             done = f"step {step} is not saved, since {trouble.what}"
@@ -221,8 +215,7 @@ class Trainer:
             step = self.state.counters.step
             self.directory.write_status("stalled", step, error=message)
             if self._whole:  # the main thread waits for data, or for a hook
-                self._saver.wait()
-                self._writer()(self.state.tensors())
+                self.saver.save_now()
 
         guardian.seconds = 60 * self.config.stall_minutes
         guardian.file, guardian.on_stall = self.directory.path / "stacks.txt", save
@@ -236,7 +229,12 @@ class Trainer:
         others = open_sinks(
             self.config.log.sinks, folder=folder, name=name, config=self.saved_config
         )
-        return Session(bar=bar, sinks=[metrics, *others])
+        unreadable = UnreadableImages(
+            self.directory.path / "bad_samples.jsonl",
+            after_step=self.state.counters.step,
+            images=len(self.dataset.entries),
+        )
+        return Session(bar=bar, sinks=[metrics, *others], unreadable=unreadable)
 
     def _prepare(self, bar: ProgressBar) -> None:
         """Choose precision and compilation, check the disk, and save a first checkpoint if the run
@@ -247,9 +245,9 @@ class Trainer:
             self.config, counters, network, images=self.plan.size, trial=self._trial, say=bar.say
         ):
             self.uncompiled = partial(torch.compiler.set_stance, "force_eager")
-        self.directory.require_space(self.disk_bytes())
+        self.directory.require_space(self.saver.disk_bytes())
         if self._new:
-            self._writer()(self.state.tensors())
+            self.saver.save_now()
         self.directory.write_status("running", counters.step)
 
     def measure_step(self, *, steps: int = 3) -> float:
@@ -267,29 +265,6 @@ class Trainer:
             seconds.append(time.perf_counter() - begun)
         return statistics.median(seconds[1:] or seconds)
 
-    def disk_bytes(self) -> int:
-        """Return the bytes that checkpoints still to be written need, and a little for other files.
-
-        A checkpoint holds the weights, their averages and two moments, in float32. One checkpoint
-        more than `checkpoint.keep` exists until the oldest is removed. Snapshots are counted if the
-        budget limits the steps.
-        """
-        config, counters = self.config, self.state.counters
-        size = 4 * count(trainable(self.state.model))
-        written = self._new and self._writes_frozen
-        frozen = 4 * count(self.state.frozen_tensors().values()) if written else 0
-        widths, num = len(config.post_hoc_ema.widths), config.post_hoc_ema.num
-        averages = math.ceil(widths * num * (1 - counters.kept))
-        snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in SNAPSHOTS)
-        checkpoints = max(
-            1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints))
-        )
-        best = max(0, BEST - len(list(self.directory.best.glob("step-*"))))
-        result: int = (
-            size * ((4 + widths) * checkpoints + averages + snapshots + best) + frozen + (16 << 20)
-        )
-        return result
-
     def _resolve_precision(self, say: Callable[[str], None]) -> Accelerable:
         """Choose the precision, and return the part of the model that is computed in it."""
         network = self.task.compiled_part(self.state.model)
@@ -301,10 +276,10 @@ class Trainer:
         while True:
             try:
                 self._train(session)
-                self._save_last(session.bar, LAST_WAITS_S)
+                self.saver.save_last(session.bar, LAST_WAITS_S)
                 return
             except UnstableError as trouble:
-                self._go_back(trouble, session)
+                go_back(self, trouble, session)
 
     def _train(self, session: Session) -> None:
         start = self.state.counters.step
@@ -328,12 +303,12 @@ class Trainer:
             waited = time.perf_counter()
             batch = next(supply)
             clock.wait(time.perf_counter() - waited)
-            self._record_unreadable(batch, bar)
+            session.unreadable.record(batch, self.state.counters.step, bar)
             if counters.is_passed_over:
                 self._pass_over()
                 continue
             result = self.train_step(batch)
-            self._guard(result, bar)
+            judge(self, result, bar)
             counters.seconds = clock.seconds()
             if counters.step % self.config.log.every_steps == 0 or counters.step == 1:
                 self._log(result, clock, session)
@@ -357,87 +332,10 @@ class Trainer:
         self.state.counters.step += 1
         self.state.counters.samples_seen += self.config.batch_size
 
-    def _guard(self, result: StepResult, bar: ProgressBar) -> None:
-        """Say which step was skipped.
-
-        Raises:
-            UnstableError: if too many were in a row, or the loss has jumped.
-        """
-        counters = self.state.counters
-        step = counters.step - 1  # whose batch it was
-        self._recent.add(step, result.loss, result.gradient_norms, applied=result.applied)
-        if not result.applied and counters.skipped <= NAMED:
-            names = self.image_names(step)
-            more = "" if len(names) <= NAMED else f", and {len(names) - NAMED} more"
-            bar.say(
-                f"step {step} is skipped: its loss or gradient is not finite; its images: "
-                f"{', '.join(names[:NAMED])}{more}"
-            )
-        if counters.skipped_in_a_row >= SKIPS_IN_A_ROW:
-            raise UnstableError(
-                f"{SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient",
-                first=counters.step - SKIPS_IN_A_ROW,
-                step=counters.step,
-            )
-        if result.applied and has_jumped(counters.losses):
-            raise UnstableError(
-                f"the loss has jumped to {short(counters.loss)}",
-                first=max(0, counters.step - WINDOW),
-                step=counters.step,
-            )
-
     def image_names(self, step: int) -> list[str]:
         """Return the names of the images of a batch."""
         positions = self.dataset.epoch[self.plan.batch(step)]
         return [self.dataset.entries[position].name for position in positions]
-
-    def _go_back(self, trouble: UnstableError, session: Session) -> None:
-        """Load the newest checkpoint from before the trouble; its batches are then passed over.
-
-        Raises:
-            DivergedError: if there is none, or training has gone back too often.
-        """
-        counters, directory = self.state.counters, self.directory
-        with suppress(CheckpointError, OSError):
-            self._saver.wait()
-        sound = checkpoint.set_diverged_aside(directory.checkpoints)
-        gives_up = sound is None or counters.rollbacks >= MAX_ROLLBACKS
-        first, last = max(trouble.first, sound or 0), counters.step - 1
-        incident = Incident(
-            reason=trouble.what,
-            first=first,
-            last=last,
-            resumed_from=None if gives_up else sound,
-            steps=self._recent.rows(),
-        )
-        file = incident.write(self)
-        if gives_up:
-            raise self._given_up(trouble, sound, file)
-        loaded, _ = checkpoint.load_newest(directory.checkpoints)
-        self.state.restore(loaded.tensors, loaded.counters)
-        self.state.counters.record_rollback(counters, first, last)
-        post_hoc_ema.forget(directory.averages, after=self.state.counters.step)
-        for hook in self.hooks:
-            hook.go_back(self)
-        session.go_back(self.state.counters.step)
-        session.bar.say(
-            f"warning: {trouble.what} at {trouble.where}: training goes back to step {sound}, and "
-            f"the batches of steps {first} to {last} are passed over; what is known of them: {file}"
-        )
-
-    def _given_up(self, trouble: UnstableError, sound: int | None, file: Path) -> DivergedError:
-        start = (
-            ""
-            if sound is None
-            else f"; `sfumato resume {self.directory.root}` begins at step {sound}, before the "
-            "loss rose"
-        )
-        again = self.state.counters.rollbacks
-        return DivergedError(
-            trouble.what + (f", after going back {again} times" if again else ""),
-            where=f"{trouble.where}; what is known of it: {file}",
-            hint=f"{trouble.hint}{start}",
-        )
 
     def _between_steps(self, session: Session, finished: bool) -> None:
         """Run the hooks that are due at this step, then save a checkpoint if one is due.
@@ -454,25 +352,13 @@ class Trainer:
                     session.bar.say(f"warning: {hook.name} at step {counters.step} failed: {error}")
         counters.watched = counters.step
         asked = signals.take_save_request()
-        due = (
-            asked
-            or self.timetable.due("checkpoint", self.config.checkpoint)
-            or time.monotonic() > self._retry_at
-        )
-        self._attempt(session.bar, self._saver.raise_if_failed)
+        due = asked or self.timetable.due("checkpoint", self.config.checkpoint)
+        due = self.saver.has_failed(session.bar) or due
         if due and not finished and not counters.skipped_in_a_row:
             with self.timetable.recording("checkpoint"):
-                self._attempt(session.bar, self._save)
+                self.saver.save(session.bar)
             if asked:
                 session.bar.say(f"SIGUSR1: step {counters.step} is saved; training goes on")
-
-    def _attempt(self, bar: ProgressBar, save: Callable[[], object]) -> None:
-        """Save, and try again later if that fails."""
-        try:
-            save()
-        except (CheckpointError, OSError) as error:
-            self._retry_at = time.monotonic() + RETRY_S
-            bar.say(f"warning: {error}")
 
     def validate(self) -> dict[str, Any]:
         """Return the task's errors on held-out images, of the weights and their average."""
@@ -598,137 +484,6 @@ class Trainer:
             seconds=counters.seconds,
         )
 
-    def save_snapshot(self) -> Path:
-        """Save the averaged weights of this step to a file that is never removed."""
-        return checkpoint.save_snapshot(
-            self.directory.snapshots,
-            step=self.state.counters.step,
-            weights=self.state.trained(self.state.average),
-        )
-
-    def save_averages(self) -> None:
-        """Save the tracked averages if the next of the equal parts of the budget is over.
-
-        Other averages are reconstructed from them after training.
-
-        Raises:
-            CheckpointError: if one could not be written; the others are written, and training
-                continues.
-        """
-        counters, config = self.state.counters, self.config.post_hoc_ema
-        fraction = min(self.progress, 1.0)
-        if not counters.updates or int(fraction * config.num) <= int(counters.kept * config.num):
-            return
-        counters.kept = fraction
-        failed: list[CheckpointError] = []
-        for profile, average in self.state.tracked_averages.items():
-            place, facts = (
-                self.directory.averages / average_name(profile),
-                {post_hoc_ema.UPDATES: str(counters.updates)},
-            )
-            try:
-                checkpoint.save_snapshot(
-                    place, step=counters.step, weights=self.state.trained(average), facts=facts
-                )
-            except CheckpointError as error:
-                failed.append(error)
-        if failed:
-            raise failed[0]
-
-    def _save(self) -> None:
-        """Save a checkpoint beside training.
-
-        Raises:
-            UnstableError: if the weights or their average are not finite; then nothing is saved.
-        """
-        self._retry_at = math.inf
-        self._saver.begin(self._writer(), self._finite_tensors())
-
-    def _finite_tensors(self) -> dict[str, dict[str, Tensor]]:
-        tensors, step = self.state.tensors(), self.state.counters.step
-        for group in ("model", "ema"):
-            if (name := first_not_finite(tensors[group])) is not None:
-                raise UnstableError(
-                    f"{group}: {name} has values that are not finite",
-                    first=max(0, step - WINDOW),
-                    step=step,
-                )
-        return tensors
-
-    def _save_last(self, bar: ProgressBar, waits_s: Sequence[float]) -> None:
-        """Save the state that a run ends with; a person may free space meanwhile.
-
-        Raises:
-            UnsavedError: if that fails to the end.
-        """
-        for wait_s in (*waits_s, None):
-            try:
-                with suppress(CheckpointError, OSError):  # of the one before
-                    self._saver.wait()
-                self._writer()(self._finite_tensors())
-                return
-            except (CheckpointError, OSError) as error:
-                if wait_s is None:
-                    raise self._unsaved(error) from None
-                bar.say(
-                    f"warning: the last checkpoint could not be saved ({error}); trying again in "
-                    f"{wait_s:g} s"
-                )
-                self._pause(wait_s)
-
-    def _pause(self, seconds: float) -> None:
-        """Wait while the watchdog is told that this is meant."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            watchdog.beat()
-            time.sleep(min(left, 1.0))
-
-    def _unsaved(self, error: Exception) -> UnsavedError:
-        newest = next(iter(checkpoint.paths(self.directory.checkpoints)), None)
-        step = self.state.counters.step
-        with suppress(OSError):
-            self.directory.write_status("unsaved", step, error=str(error))
-        return UnsavedError(
-            f"step {step} could not be saved, and is lost; the newest checkpoint is "
-            f"{'missing' if newest is None else newest.name}: {error}",
-            where=str(self.directory.path),
-            hint=f"free some space; `sfumato resume {self.directory.root}` trains the rest again",
-        )
-
-    def _writer(self) -> Callable[[Groups], object]:
-        """Return what writes tensors as a checkpoint of this step, also when training has gone on."""
-        self._frozen = self._frozen or self._save_frozen()
-        state = {
-            "counters": asdict(self.state.counters),
-            "data": self._fingerprint,
-            **self.task.facts,
-            "plan": self.plan.hash,
-            "plan_begins": self.plan.begins,
-            "frozen": self._frozen,
-            "frozen_storage": checkpoint.storage_of(self.state.frozen_tensors()),
-            "config": self.saved_config,
-        }
-        write = partial(
-            checkpoint.save,
-            self.directory.checkpoints,
-            step=self.state.counters.step,
-            state=state,
-            keep=self.config.checkpoint.keep,
-            sound=self.state.counters.sound,
-        )
-        return lambda tensors: write(tensors=tensors)
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return self.dataset.fingerprint
-
-    def _save_frozen(self) -> str:
-        """Return the hash of the frozen parameters, and write them if the run keeps them."""
-        tensors = self.state.frozen_tensors()
-        if not self._writes_frozen:
-            return checkpoint.digest(tensors)
-        return checkpoint.save_frozen(self.directory.checkpoints, tensors)
-
     def _record(self, result: StepResult, clock: Clock) -> dict[str, Any]:
         counters = self.state.counters
         images_per_s, wait_ms = clock.lap(self.config.batch_size, counters.step)
@@ -752,30 +507,3 @@ class Trainer:
             "perf/data_wait_ms": wait_ms,
             "memory/peak_gib": peak_gib(self.device),
         }
-
-    def _record_unreadable(self, batch: Batch, bar: ProgressBar) -> None:
-        if batch.bad:
-            self._lost.update(bad.name for bad in batch.bad)
-            if len(self._lost) > max(20, LOST_SHARE * len(self.dataset.entries)):
-                raise DataError(
-                    f"{len(self._lost)} images could not be read any more, e.g. "
-                    f"{batch.bad[0].name}: {batch.bad[0].reason}",
-                    where=str(self.directory.path / "bad_samples.jsonl"),
-                    hint="check that the disk is still mounted restore the images, then `sfumato resume`",
-                )
-            self._try(bar, partial(self._write_bad, batch))
-            bar.say(
-                f"replaced {len(batch.bad)} image(s) that can no longer be read, e.g. "
-                f"{batch.bad[0].name}"
-            )
-
-    def _write_bad(self, batch: Batch) -> None:
-        # opened once: it removes the lines of steps that are trained again
-        if self._bad is None:
-            self._bad = MetricsFile(
-                self.directory.path / "bad_samples.jsonl", after_step=self._began
-            )
-        for bad in batch.bad:
-            self._bad.write(
-                {"step": self.state.counters.step, "file": bad.name, "reason": bad.reason}
-            )
