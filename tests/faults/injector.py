@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -48,6 +49,7 @@ class Child:
         patch: called in the child before the command.
         stderr: descriptor of standard error instead of the log.
         session: whether it gets a session of its own, as a job of a scheduler does.
+        limit_mib: address space that it may take.
     """
 
     def __init__(
@@ -57,12 +59,15 @@ class Child:
         patch: Patch | None = None,
         stderr: int | None = None,
         session: bool = False,
+        limit_mib: int | None = None,
     ) -> None:
         warm()
-        self.log, self.code = log, None
+        self.log, self.code, self.peak_mib = log, None, 0.0
         sys.stdout.flush(), sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
+            if limit_mib is not None:
+                resource.setrlimit(resource.RLIMIT_AS, (limit_mib << 20, limit_mib << 20))
             _child([str(argument) for argument in arguments], log, patch, stderr, session)
 
     code: int | None
@@ -70,8 +75,9 @@ class Child:
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while the child is running."""
         if self.code is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
+            done, status, usage = os.wait4(self.pid, os.WNOHANG)
             if done:
+                self.peak_mib = usage.ru_maxrss / 1024
                 self.code = os.waitstatus_to_exitcode(status)
         return self.code
 

@@ -17,7 +17,7 @@ from sfumato.config.kinds import TAG, is_tagged, kind_of
 from sfumato.config.schema import config_fields, plain
 from sfumato.errors import ConfigError
 
-MAX_BYTES, MAX_DEPTH = 1 << 20, 24
+MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 24, 100
 
 
 class _StricterSafeLoader(yaml.SafeLoader):
@@ -54,20 +54,43 @@ class _StricterSafeLoader(yaml.SafeLoader):
             keys.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_integer(self, node: Any) -> int:
+        """Return a number in the notation of YAML 1.2: 12, 0o14 or 0xc, and nothing by sixties."""
+        text = self.construct_scalar(node)
+        if len(text) > MAX_DIGITS:
+            raise yaml.YAMLError(f"a number of {len(text)} digits, line {node.start_mark.line + 1}")
+        sign, digits = (-1, text[1:]) if text[0] == "-" else (1, text.lstrip("+"))
+        bases = {"0o": 8, "0x": 16}
+        return sign * int(digits[2:] if digits[:2] in bases else digits, bases.get(digits[:2], 10))
 
-# `compile: on` and `name: 2024-05-01` are words here: of YAML's own words only true, false and null
-# are more.
+    def construct_number(self, node: Any) -> float:
+        """Return a number with a point or an exponent, in the notation of YAML 1.2."""
+        text = self.construct_scalar(node)
+        if len(text) > MAX_DIGITS:
+            raise yaml.YAMLError(f"a number of {len(text)} digits, line {node.start_mark.line + 1}")
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+# `compile: on`, `name: 2024-05-01` and `1:30` are words here: of YAML's own words only true, false and
+# null are more, and numbers are those of YAML 1.2 (section 10.3.2).
+_BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float"))
+_REPLACED = (_BOOL, _INT, _FLOAT, "tag:yaml.org,2002:timestamp")
 _StricterSafeLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_StricterSafeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF")
-)
+for _tag, _pattern, _first in (
+    (_BOOL, "true|false|True|False", "tfTF"),
+    (_INT, "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        _FLOAT,
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _StricterSafeLoader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list(_first))
+_StricterSafeLoader.add_constructor(_INT, _StricterSafeLoader.construct_integer)
+_StricterSafeLoader.add_constructor(_FLOAT, _StricterSafeLoader.construct_number)
 
 
 def load_yaml(text: str, *, where: str) -> Any:
@@ -85,9 +108,11 @@ def load_yaml(text: str, *, where: str) -> Any:
         )
     try:
         return _StricterSafeLoader(text).get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(
-            f"not a configuration: {' '.join(str(error).split())}", where=where
+            f"not a configuration: {' '.join(str(error).split())}",
+            where=where,
+            hint="write keys and plain values; `sfumato config show RECIPE` prints an example",
         ) from None
 
 

@@ -26,6 +26,7 @@ T = TypeVar("T")
 _BEFORE = "before"
 # likeness of a key to the one that is suggested for it: a letter or two of a word apart
 NEAR = 0.75
+SHOWN = 20  # problems that an error names; to look for near names takes a while
 
 
 @cache
@@ -64,8 +65,10 @@ def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
         result: T = _build(cls, model.model_validate(present))
         return result
     except ValidationError as error:
-        legal = _legal_keys(cls, present)
-        lines = [_explain(item, cls, legal) for item in error.errors()]
+        legal, found = _legal_keys(cls, present), error.errors()
+        lines = [_explain(item, cls, legal) for item in found[:SHOWN]]
+        if len(found) > SHOWN:
+            lines.append(f"and {len(found) - SHOWN} more")
         raise ConfigError(
             "; ".join(lines),
             where=where,

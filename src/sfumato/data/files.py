@@ -20,9 +20,9 @@ from urllib.parse import unquote
 
 from sfumato.errors import DataError, redact_secrets
 from sfumato.storage.atomic import atomic_path
+from sfumato.storage.output_paths import RESERVED
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4096
 
@@ -63,7 +63,7 @@ def check_relative(path: str) -> str:
 
 def is_reserved(name: str) -> bool:
     """Return whether a name means a device on some systems."""
-    return _RESERVED.fullmatch(name) is not None
+    return RESERVED.fullmatch(name) is not None
 
 
 def check_contained(root: str, relative: str) -> str:

@@ -14,6 +14,7 @@ from sfumato.data.frames import expand_frames
 from sfumato.data.missing_labels import fill_missing
 from sfumato.data.pixel_format import MAX_BANDS
 from sfumato.data.sources.detect import BUILT_IN
+from sfumato.errors import ConfigError
 from sfumato.foreign_models import refuse_diffusers
 from sfumato.recipes.budget_overrides import replace_limits
 from sfumato.recipes.builtin import RECIPES, recipe
@@ -106,10 +107,15 @@ def _is_source(source: str | Path | Run) -> bool:
     return files.exists(str(source)) or str(source).startswith("hub:") or str(source) in BUILT_IN
 
 
-def _plain(source: str | Path | Run, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def _plain(
+    source: str | Path | Run, settings: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], str]:
     """Return the configuration of `source` as plain data, and where it is written.
 
     If it is images, some of the given settings decide about other settings too.
+
+    Args:
+        above: the YAML files that name this one as their recipe.
     """
     if isinstance(source, Run):
         return configuration.plain(source), source.name
@@ -120,9 +126,20 @@ def _plain(source: str | Path | Run, settings: Mapping[str, Any]) -> tuple[dict[
     if str(source) in RECIPES:
         return configuration.plain(recipe(str(source))), str(source)
     if path.suffix in (".yaml", ".yml"):
+        here = str(path.resolve())
+        if here in above:
+            raise ConfigError(
+                "is its own recipe",
+                where=str(path),
+                hint="name another recipe: `sfumato recipes` lists them",
+            )
         data = configuration.load_yaml_file(path)
         name = data.pop("recipe", None)
-        below = {} if name is None else _plain(str(name), configuration.merge(data, settings))[0]
+        below = (
+            {}
+            if name is None
+            else _plain(str(name), configuration.merge(data, settings), (*above, here))[0]
+        )
         return configuration.merge(replace_limits(below, data)[0], data), str(path)
     if _is_source(source):
         return configuration.plain(

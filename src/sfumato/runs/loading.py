@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato import config as configuration
 from sfumato.conditioners import ConditioningInfo
-from sfumato.errors import ConfigError, RunError
+from sfumato.errors import CheckpointError, ConfigError, RunError
 from sfumato.foreign_models import is_pipeline_folder
 from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
@@ -110,14 +110,24 @@ def width_errors(
 
 
 def load_weights(model: Model, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> None:
-    """Load the trained and the frozen parameters, without the parts that only training uses."""
-    model.load_state_dict(
-        {
-            name: tensor
-            for name, tensor in {**frozen, **trained}.items()
-            if not name.startswith("auxiliary.")
-        }
-    )
+    """Load the trained and the frozen parameters, without the parts that only training uses.
+
+    Raises:
+        CheckpointError: if they do not fit.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in {**frozen, **trained}.items()
+        if not name.startswith("auxiliary.")
+    }
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights do not fit the model: {' '.join(str(error).split())[:300]}",
+            where="checkpoint",
+            hint="copy the run again, its config.yaml included",
+        ) from None
 
 
 def _rebuild(

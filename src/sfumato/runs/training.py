@@ -33,6 +33,7 @@ from sfumato.runs.sweep import sweep_after_training
 from sfumato.runs.text_encoders import release_encoders
 from sfumato.runs.trainer_assembly import diffusion_trainer
 from sfumato.storage import checkpoint
+from sfumato.storage.output_paths import safe_name
 from sfumato.storage.run_directory import RunDirectory, commit
 from sfumato.training import Trainer
 from sfumato.training.parameters import describe
@@ -88,7 +89,7 @@ def _supervised() -> Iterator[None]:
 def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | None) -> Path:
     settings = with_absolute_paths(chosen.run)
     if run is None:
-        RunDirectory.require_free(_unused_path(Path("runs") / settings.name))
+        RunDirectory.require_free(_unused_path(Path("runs") / safe_name(settings.name)))
     for line in chosen.notes:
         console().print(line, markup=False)
     prepared = prepare(settings, listing=chosen.listing_of(settings))
@@ -100,7 +101,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
         ]
         console().print("\n".join(lines), markup=False)
     directory = RunDirectory.create(
-        Path(run) if run is not None else _unused_path(Path("runs") / settings.name)
+        Path(run) if run is not None else _unused_path(Path("runs") / safe_name(settings.name))
     )
     with directory.locked():
         directory.write_status("preparing", 0)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from pathlib import Path
 
 from sfumato.errors import OutputError, RunError
+
+MAX_NAME_BYTES = 80
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows
 
 
 def require_writable(folder: Path, target: Path | None = None, *, option: str = "--out") -> Path:
@@ -37,6 +41,16 @@ def require_writable(folder: Path, target: Path | None = None, *, option: str = 
             hint=f"choose another place with {option}, or change its permissions",
         ) from None
     return folder
+
+
+def safe_name(name: str) -> str:
+    """Return a name as one that a folder may have on any system: it leads nowhere else.
+
+    Other characters than letters, digits, spaces, dots, hyphens and underscores become hyphens.
+    """
+    plain = re.sub(r"[^\w .-]|\s(?<! )", "-", name).strip(" .")
+    short = plain.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip(" .")
+    return f"run-{short}" if not short or RESERVED.fullmatch(short) else short
 
 
 def require_free(path: Path) -> Path:
