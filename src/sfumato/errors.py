@@ -6,7 +6,8 @@ prints it without a traceback and exits with the class's `exit_code`.
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _PASSWORD = re.compile(r"(?<=://)[^/\s'\"]+@")  # of scheme://user:password@host
 _SIGNATURE = re.compile(
@@ -20,6 +21,15 @@ _TOKEN = re.compile(r"\b(hf_|Bearer\s+)[\w.-]{8,}")  # of the Hugging Face hub, 
 def redact_secrets(text: str) -> str:
     """Replace passwords and signatures in URLs, and access tokens, by ***."""
     return _TOKEN.sub(r"\1***", _SIGNATURE.sub(r"\1***", _PASSWORD.sub("***@", text)))
+
+
+def without_secrets(value: Any) -> Any:
+    """Redact the secrets in all texts of plain data, at any depth."""
+    if isinstance(value, str):
+        return redact_secrets(value)
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -16,8 +16,8 @@ from sfumato.errors import CheckpointError
 LIMIT_S = 600
 
 
-def convert(source: Path, target: Path, *, sha256: str) -> None:
-    """Write the tensors of a pickled file that is known by its hash as safetensors.
+def convert(source: Path, target: Path, *, sha256: str | None) -> str:
+    """Write the tensors of a pickled file as safetensors; return what was left out, one a line.
 
     They are read with `weights_only` by a separate process, which receives the very bytes that were
     hashed (so the file cannot be exchanged in between), the path to write to and, of the
@@ -26,7 +26,7 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
     Args:
         source: a file of tensors by name.
         target: written whole or not at all.
-        sha256: what the file's bytes must hash to.
+        sha256: what the file's bytes must hash to; None for one that a person trusts.
     Raises:
         CheckpointError: if the file cannot be read, is another one, or cannot be converted.
     """
@@ -37,7 +37,7 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
             f"cannot be read: {error}", where=str(source), hint="install its package again"
         ) from None
     digest = hashlib.sha256(data).hexdigest()
-    if digest != sha256:
+    if sha256 is not None and digest != sha256:
         raise CheckpointError(
             f"is not the file that it should be: its SHA-256 is {digest}, not {sha256}",
             where=str(source),
@@ -62,7 +62,9 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
         raise CheckpointError(
             f"cannot be converted: {done.stderr.decode(errors='replace').strip()[-300:]}",
             where=str(source),
+            hint="only tensors by name can be converted",
         )
+    return done.stdout.decode(errors="replace").strip()
 
 
 def main(target: str) -> None:
@@ -73,10 +75,20 @@ def main(target: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    tensors = torch.load(io.BytesIO(sys.stdin.buffer.read()), map_location="cpu", weights_only=True)
+    content = torch.load(io.BytesIO(sys.stdin.buffer.read()), map_location="cpu", weights_only=True)
+    inner = content.get("state_dict") if isinstance(content, dict) else None
+    tensors = inner if isinstance(inner, dict) else content
+    if not isinstance(tensors, dict):
+        sys.exit(f"it holds a {type(content).__name__}, not tensors by name")
+    kept = {str(n): t.clone().contiguous() for n, t in tensors.items() if torch.is_tensor(t)}
+    if not kept:
+        sys.exit("it holds no tensors by name")
+    others = [*tensors.keys() - kept.keys(), *(content.keys() - {"state_dict"} if inner else ())]
     temporary = Path(f"{target}.{os.getpid()}.part")  # several processes may want it at once
-    save_file({str(name): tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    save_file(kept, temporary)
     temporary.replace(target)
+    for name in sorted(map(str, others)):
+        sys.stdout.write(f"{name[:200]}\n")
 
 
 if __name__ == "__main__":

@@ -279,16 +279,24 @@ def convert(
     shard_mib: Annotated[
         int, typer.Option(min=1, help="Begin a new file of a folder after so many MiB.")
     ] = 1000,
+    keep_metadata: Annotated[
+        bool,
+        typer.Option(
+            "--keep-metadata",
+            help="Keep Exif data and comments of images, which may say where a photo was taken.",
+        ),
+    ] = False,
 ) -> None:
     """Write the same images, texts and annotations as parquet or WebDataset shards, byte for byte
-    the same each time.
+    the same each time. Exif data and comments of JPEG, PNG and WebP are left out, but for the
+    orientation.
     """
     from sfumato.data.convert import convert as write
     from sfumato.observability.progress import ProgressBar
 
     with ProgressBar("converting") as bar:
         paths, rejects = write(
-            _listing(source), dest, to=to, shard_mib=shard_mib,
+            _listing(source), dest, to=to, shard_mib=shard_mib, keep_metadata=keep_metadata,
             on_progress=lambda done, total: bar.update(done / max(1, total), f"{done} of {total}"),
         )  # fmt: skip
         for reject in rejects[:10]:

@@ -10,6 +10,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,11 +32,20 @@ ENOUGH_S = 1.0  # of measuring one thing, after which it is not repeated
 
 
 def doctor(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A run: what is wrong with it, and the command that mends it."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON, once it is measured.")
     ] = False,
 ) -> None:
-    """Say what this machine has and what is missing at once, then how fast it is."""
+    """Say what this machine has and what is missing at once, then how fast it is; or, of a RUN, what
+    is damaged. Exit code 2 if something is wrong with the run.
+    """
+    if run is not None:
+        _check_run(run, as_json=as_json)
+        return
     facts = _at_once()
     say: Callable[[str], object] = (lambda line: None) if as_json else typer.echo
     for line in _lines(facts):
@@ -51,6 +61,20 @@ def doctor(
             say(f"{precision}: {name} {speed:.3g} GFLOP/s")
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
+
+
+def _check_run(run: Path, *, as_json: bool) -> None:
+    from sfumato.runs.checkup import check_run
+
+    found = []
+    for check in check_run(run):
+        found.append(check)
+        if not as_json:
+            typer.echo("\n".join(check.lines()))
+    if as_json:
+        typer.echo(json.dumps([check.plain() for check in found], indent=1))
+    if not all(check.ok for check in found):
+        raise typer.Exit(2)
 
 
 def _at_once() -> dict[str, Any]:

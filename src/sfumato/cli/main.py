@@ -20,6 +20,7 @@ import typer
 from sfumato import __version__
 from sfumato.cli.compare import compare
 from sfumato.cli.config import config_app, recipes
+from sfumato.cli.convert_checkpoint import convert_checkpoint
 from sfumato.cli.data import data_app
 from sfumato.cli.doctor import doctor
 from sfumato.cli.ema import ema
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 for verb in (
     train, resume, finetune, sample, export, compare, evaluate, sweep, report, ema, explain, recipes, doctor,
+    convert_checkpoint,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(config_app, name="config")
@@ -68,6 +70,14 @@ def options(
         bool,
         typer.Option("--debug", help="Show a traceback for every error; accepted at any position."),
     ] = False,
+    allow_hub: Annotated[
+        bool,
+        typer.Option(
+            "--allow-hub",
+            help="Let a run that was made elsewhere fetch the models that it names from the hub; "
+            "accepted at any position.",
+        ),
+    ] = False,
 ) -> None:
     """From a folder of images to a diffusion model that can be trusted."""
 
@@ -83,7 +93,9 @@ def main() -> None:
     exit_quickly()
     be_patient()
     debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if "--allow-hub" in sys.argv:
+        os.environ["SFUMATO_ALLOW_HUB"] = "1"
+    sys.argv = [argument for argument in sys.argv if argument not in ("--debug", "--allow-hub")]
     try:
         explain_values(typer.main.get_command(app))()
     except SfumatoError as error:

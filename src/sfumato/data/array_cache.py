@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data import files
+from sfumato.data.choice import choose_evenly
 from sfumato.errors import DataError
 from sfumato.storage.atomic import atomic_file, commit, sweep, temporary_beside
 
@@ -81,8 +82,14 @@ class ArrayCache:
     def open(cls, kind: str, transform: str) -> ArrayCache:
         """Open the cache of `kind` ("pixels", "latents", ...) for a transform described as text."""
         name = hashlib.sha256(f"{FORMAT} {transform}".encode()).hexdigest()[:24]
-        cache = cls(files.cache_folder() / kind / name)
-        sweep(cache.folder)
+        folder = files.cache_folder() / kind / name
+        sweep(folder)
+        return cls.at(folder)
+
+    @classmethod
+    def at(cls, folder: Path) -> ArrayCache:
+        """Open the cache in a folder."""
+        cache = cls(folder)
         for segment in sorted(cache.folder.glob("segment-*")):
             cache._read(segment)
         return cache
@@ -146,6 +153,29 @@ class ArrayCache:
     def size_bytes(self) -> int:
         """Return the size of the cache's folder on disk."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def verify_sample(kind: str, most: int) -> tuple[int, list[str]]:
+    """Compare arrays of a kind of cache with their check values.
+
+    Args:
+        most: arrays to read, spread evenly over all that there are.
+    Returns:
+        how many were read, and the segments that have damaged ones.
+    """
+    places = [
+        (cache, place)
+        for folder in sorted((files.cache_folder() / kind).glob("*"))
+        for cache in [ArrayCache.at(folder)]
+        for record in cache.records.values()
+        for place in record.arrays.values()
+    ]
+    chosen = [places[number] for number in choose_evenly(np.arange(len(places)), most)]
+    damaged = set()
+    for cache, place in chosen:
+        if _check(np.array(cache.map(place.file)[place.row])) != place.check:
+            damaged.add(str(cache.folder / place.file.partition("/")[0]))
+    return len(chosen), sorted(damaged)
 
 
 class Writer:

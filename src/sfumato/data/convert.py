@@ -16,6 +16,7 @@ from PIL import Image
 
 from sfumato.data import files
 from sfumato.data.file_types import ANNOTATION_FILES, NUMPY, suffix_of
+from sfumato.data.image_metadata import without_metadata
 from sfumato.data.listing import MAX_BYTES, REPEATS_KEY, Blob, Entry, Listing, Reject
 from sfumato.data.sources.npz import plain_array
 from sfumato.errors import ConfigError, DataError
@@ -33,6 +34,7 @@ def convert(
     *,
     to: str | None = None,
     shard_mib: int = 1000,
+    keep_metadata: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Path], list[Reject]]:
     """Write all samples; return the files written and everything that was left out.
@@ -43,6 +45,8 @@ def convert(
         dest: a .parquet or .tar file, or a folder that gets files with about `shard_mib` of images
             each.
         to: "parquet" or "webdataset"; needed for a folder only.
+        keep_metadata: whether Exif data and comments of images, which may say where a photo was
+            taken, are kept.
     Raises:
         ConfigError, DataError: if the destination is of another kind, exists already or cannot be
             written, or if no sample can be read.
@@ -63,7 +67,7 @@ def convert(
     columns = TableColumns.of(listing.entries)
     try:
         (dest.parent if single else dest).mkdir(parents=True, exist_ok=True)
-        samples = _pack(listing.entries, rejects, on_progress)
+        samples = _pack(listing.entries, rejects, on_progress, keep_metadata=keep_metadata)
         paths = _write_files(samples, dest, kind, columns, None if single else shard_mib << 20)
     except OSError as error:
         raise DataError(
@@ -136,9 +140,15 @@ def _temporary(path: Path) -> Path:
 
 
 def _pack(
-    entries: list[Entry], rejects: list[Reject], on_progress: Callable[[int, int], None] | None
+    entries: list[Entry],
+    rejects: list[Reject],
+    on_progress: Callable[[int, int], None] | None,
+    *,
+    keep_metadata: bool,
 ) -> Iterator[PackedSample]:
     """Yield samples as plain data: encoded bytes as they are, 8-bit gray or RGB arrays as PNG.
+
+    Metadata of images are left out unless they are kept.
 
     Samples that cannot be read are added to `rejects`.
     """
@@ -150,7 +160,10 @@ def _pack(
             for name in ("image", *ANNOTATION_FILES):
                 blob = getattr(entry, name)
                 if blob is not None:
-                    sample[name] = _read(blob) if name == "points" else _as_image(_read(blob))
+                    data = _read(blob)
+                    if name != "points":
+                        data = _as_image(data if keep_metadata else without_metadata(data))
+                    sample[name] = data
         except OSError as error:
             rejects.append(Reject(entry.name, str(error)))
         else:

@@ -34,6 +34,7 @@ KEYS = (
     "auxiliary.alignment.encoder",
 )
 DATA = KEYS[:2]
+SECRET = "***"  # what stands for one, see `redact_secrets`
 NAMES = {"auto", "random", "efficientnet-lite0"}  # of what needs no file, whatever files there are
 
 
@@ -115,6 +116,12 @@ def _relative_paths(directory: Path) -> Mapping[str, Any]:
 def require_there(run: Run) -> None:
     """Raise DataError, naming the key, if the run's data should be on this machine but are not."""
     path, kind = getattr(run.data.source, "path", None), type(run.data.source).__name__
+    if path is not None and SECRET in path:
+        raise DataError(
+            f"{path}: the secret of this address was not stored with the run",
+            where="data.source.path",
+            hint="give the address again: `sfumato resume RUN data.source.path=...`",
+        )
     if path is not None and kind != HUB and _is_local(path) and not os.path.exists(path):
         raise DataError(
             f"{path}: no such file or folder",

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import config as configuration
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.errors import CheckpointError, ConfigError, without_secrets
 from sfumato.observability.progress import console
 from sfumato.recipes.paths import path_entries, relocate_paths
 from sfumato.recipes.run import Run
+from sfumato.recipes.run_origin import SEAL, seal
 from sfumato.storage import checkpoint
 from sfumato.storage.atomic import write_text
 from sfumato.storage.run_directory import RunDirectory
@@ -30,9 +31,10 @@ SHOWN = 8  # differing settings that a warning lists
 
 
 def write_run_config(directory: RunDirectory, plain: dict[str, Any]) -> None:
-    """Replace config.yaml, with a hash of what it says."""
-    body = configuration.dump_yaml(plain)
+    """Replace config.yaml, with a hash of what it says; secrets in addresses are left out."""
+    body = configuration.dump_yaml(without_secrets(plain))
     write_text(directory.config, f"{HEADER}{_digest(body)}\n{body}", durable=True)
+    directory.write_json(SEAL, seal(body))
 
 
 def read_run_config(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sfumato.errors import CheckpointError, ConfigError
 from sfumato.generation.diffusion_model import Model
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
+from sfumato.recipes.run_origin import require_leave
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.preservation import KnownContexts
@@ -61,6 +62,7 @@ def read_base(path: str | Path) -> Base:
     """
     directory = RunDirectory.existing(Path(path))
     run = resolve(directory.path)
+    require_leave(directory.path, run, data=False)
     if run.adapter.needs_base:
         raise ConfigError(
             f"is itself fine-tuned by adapter.kind={configuration.kind_of(type(run.adapter))}, and "

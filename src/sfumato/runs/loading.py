@@ -21,6 +21,7 @@ from sfumato.observability.progress import console
 from sfumato.recipes.model import build_model
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
+from sfumato.recipes.run_origin import require_leave
 from sfumato.runs.base import base_loader, require_base
 from sfumato.runs.model_folder import model_folder
 from sfumato.runs.preparation import open_data
@@ -225,6 +226,7 @@ def load_own(
     whatever a sweep recommends; for arguments, see `load`.
     """
     settings = resolve(directory.path)
+    require_leave(directory.path, settings, data=False)
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
     for warning in warnings:
         console().print(f"warning: {warning}", markup=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.data import Dataset
-from sfumato.errors import RunError
+from sfumato.errors import RunError, without_secrets
 from sfumato.observability.progress import console
 from sfumato.process.signals import Interrupted, handled
 from sfumato.process.watchdog import watching
@@ -21,6 +21,7 @@ from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute
 from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve, resolve_config
 from sfumato.recipes.run import Run
 from sfumato.recipes.run_config import write_run_config
+from sfumato.recipes.run_origin import require_leave
 from sfumato.recipes.trigger_words import split_words
 from sfumato.reporting import write_report
 from sfumato.runs.cost import estimate_cost
@@ -226,6 +227,7 @@ def _restore_trainer(
         configuration.plain(before), configuration.plain(settings)
     ):
         screen.print(f"changed on resume: {line}", markup=False)
+    require_leave(directory.path, settings, data=True)
     begins = not directory.has_begun()
     prepared = prepare(settings, directory=directory.path, begins=begins)
     if begins:
@@ -293,7 +295,7 @@ def build_trainer(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
         dataset=dataset,
         directory=directory,
         info=prepared.info,
-        saved_config=configuration.plain(run),
+        saved_config=without_secrets(configuration.plain(run)),
         prior=prepared.prior,
     )
     if line := release_encoders(prepared, model.conditioner):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sfumato.errors import CheckpointError, ConfigError, RunError
+from sfumato.errors import CheckpointError, ConfigError, RunError, without_secrets
 from sfumato.foreign_models import refuse_diffusers
 from sfumato.platform import HAS_FILE_LOCKS, lock_file
 from sfumato.storage.atomic import atomic_path, sweep, write_text
@@ -231,8 +231,10 @@ class RunDirectory:
             )
 
     def write_json(self, name: str, data: Mapping[str, Any], *, durable: bool = True) -> None:
-        """Replace a JSON file of the run atomically; for `durable`, see `atomic_path`."""
-        text = json.dumps(dict(data), indent=1, ensure_ascii=False)
+        """Replace a JSON file of the run atomically, without secrets; for `durable`, see
+        `atomic_path`.
+        """
+        text = json.dumps(without_secrets(data), indent=1, ensure_ascii=False)
         write_text(self.path / name, text, durable=durable)
 
     def write_status(self, state: str, step: int, *, durable: bool = True, **more: Any) -> None:

@@ -5,6 +5,7 @@ data_report.html for people.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from sfumato.data.check.findings import KINDS
@@ -110,9 +112,13 @@ def _page(inspection: Inspection, rejects: dict[str, str]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    here = Path(__file__)
+    script = here.with_name("report.js").read_text(encoding="utf-8")
     return environment.from_string(
-        Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+        here.with_name("report.html").read_text(encoding="utf-8")
     ).render(
+        script=Markup(script),  # our own
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         source=inspection.source,
         figures=inspection.figures,
         remarks=inspection.remarks,

@@ -1,0 +1,94 @@
+"""Whether a run was made on this machine. One that was not may name models on a hub, or addresses, that
+it then fetches from: only with the person's leave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sfumato import config as configuration
+from sfumato.data import files
+from sfumato.errors import ConfigError
+from sfumato.recipes.paths import DATA, NAMES, path_entries
+from sfumato.recipes.run import Run
+from sfumato.storage.atomic import atomic_file
+
+SEAL = "local.json"  # in a run, beside its configuration
+ALLOW = "SFUMATO_ALLOW_HUB"  # set by --allow-hub
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def seal(body: str) -> dict[str, str]:
+    """Return what local.json says of the configuration of a run that this machine made."""
+    return {"seal": _mac(body)}
+
+
+def is_made_here(run: Path) -> bool:
+    """Return whether this machine wrote a run's configuration as it is."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        body = configuration_body((run / "config.yaml").read_text(encoding="utf-8"))
+        stated = json.loads((run / SEAL).read_text())["seal"]
+        return hmac.compare_digest(str(stated), _mac(body))
+    return False
+
+
+def configuration_body(text: str) -> str:
+    """Return the lines of a config.yaml that are no comments at its head."""
+    lines = text.splitlines(keepends=True)
+    first = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return "".join(lines[first:])
+
+
+def require_leave(run: Path, settings: Run, *, data: bool) -> None:
+    """Raise ConfigError if a run from elsewhere names a model on a hub, or an address.
+
+    Args:
+        data: whether its images are read, too.
+    """
+    if os.environ.get(ALLOW) or is_made_here(run):
+        return
+    plain: dict[str, Any] = configuration.plain(settings)
+    text = plain["conditioner"].get("text") or {}
+    named = {key: holder[name] for key, holder, name in path_entries(plain)}
+    named |= {f"conditioner.text.{key}": text[key] for key in ("encoder", "path") if key in text}
+    named["data.source.path"] = plain["data"]["source"].get("path")
+    for key, place in named.items():
+        if (data or key not in DATA) and isinstance(place, str) and _is_remote(place):
+            raise ConfigError(
+                f"names {place!r}, which would be fetched from the network, and the run was not "
+                "made on this machine",
+                where=f"{run}: {key}",
+                hint="if you trust whoever made it, add --allow-hub; or name a folder that is here",
+            )
+
+
+def _is_remote(place: str) -> bool:
+    if files.is_url(place) or place.startswith("hub:"):
+        return True
+    known = place in NAMES or place.startswith("package:") or os.path.exists(place)
+    return not known and HUB_NAME.fullmatch(place) is not None
+
+
+def _mac(body: str) -> str:
+    return hmac.new(_key(), body.encode(), hashlib.sha256).hexdigest()
+
+
+def _key() -> bytes:
+    """Return this machine's key, which is made when it is first needed."""
+    file = files.cache_folder() / "machine-key"
+    with suppress(OSError):
+        if len(key := file.read_bytes()) == 32:
+            return key
+    key = secrets.token_bytes(32)
+    with suppress(OSError), atomic_file(file) as opened:
+        opened.write(key)
+        os.fchmod(opened.fileno(), 0o600)
+    return key
