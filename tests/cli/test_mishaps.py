@@ -105,6 +105,13 @@ def verbs(folder: Path, run: Path, at: Path) -> dict[str, list[object]]:
         "data check": ["data", "check", folder, "--out", at],
         "data coverage": ["data", "coverage", folder, "--prompt", "a square", "--out", at],
         "data convert": ["data", "convert", folder, at / "set.tar"],
+        "convert-checkpoint": [
+            "convert-checkpoint",
+            folder,
+            "--i-trust-this-file",
+            "--out",
+            at / "x.safetensors",
+        ],
     }
 
 

@@ -41,6 +41,12 @@ def warm() -> None:
     torch.set_num_threads(1)
 
 
+def memory_bytes() -> tuple[int, int]:
+    """Return this process's address space and its resident memory."""
+    pages = Path("/proc/self/statm").read_text().split()
+    return int(pages[0]) * resource.getpagesize(), int(pages[1]) * resource.getpagesize()
+
+
 class Child:
     """A command of `sfumato` in a forked process.
 
@@ -49,7 +55,7 @@ class Child:
         patch: called in the child before the command.
         stderr: descriptor of standard error instead of the log.
         session: whether it gets a session of its own, as a job of a scheduler does.
-        limit_mib: address space that it may take.
+        limit_mib: address space that it may take, more than this process has.
     """
 
     def __init__(
@@ -62,12 +68,14 @@ class Child:
         limit_mib: int | None = None,
     ) -> None:
         warm()
-        self.log, self.code, self.peak_mib = log, None, 0.0
+        self.log, self.code, self.added_mib = log, None, 0.0
+        self._base = memory_bytes()[1]
         sys.stdout.flush(), sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
             if limit_mib is not None:
-                resource.setrlimit(resource.RLIMIT_AS, (limit_mib << 20, limit_mib << 20))
+                limit = memory_bytes()[0] + (limit_mib << 20)
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             _child([str(argument) for argument in arguments], log, patch, stderr, session)
 
     code: int | None
@@ -77,7 +85,7 @@ class Child:
         if self.code is None:
             done, status, usage = os.wait4(self.pid, os.WNOHANG)
             if done:
-                self.peak_mib = usage.ru_maxrss / 1024
+                self.added_mib = (1024 * usage.ru_maxrss - self._base) / 2**20
                 self.code = os.waitstatus_to_exitcode(status)
         return self.code
 
@@ -130,8 +138,9 @@ def _child(
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.argv = ["sfumato", *arguments]
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
         if patch is not None:
             patch()
         from sfumato.cli.main import main

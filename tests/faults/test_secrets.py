@@ -74,7 +74,9 @@ def test_damaged_files_are_returned_as_they_are(kind: str) -> None:
 
 
 def planted(text: str, *places: Path) -> list[str]:
-    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*"))]
+    files = [
+        file for place in places for file in ([place] if place.is_file() else place.rglob("*"))
+    ]
     return [str(file) for file in files if file.is_file() and text.encode() in file.read_bytes()]
 
 
@@ -125,7 +127,9 @@ def test_a_run_from_elsewhere_may_not_reach_the_network(
     assert code == 2
     assert "would be fetched from the network, and the run was not made on this machine" in said
     assert "--allow-hub" in said
-    code, said = pixel.lab.call("sample", run, "--num", "1", "--out", tmp_path / "no", "--allow-hub")
+    code, said = pixel.lab.call(
+        "sample", run, "--num", "1", "--out", tmp_path / "no", "--allow-hub"
+    )
     assert "was not made on this machine" not in said
 
 

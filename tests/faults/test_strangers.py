@@ -28,7 +28,7 @@ SECONDS, MIB = 5.0, 1024
 
 def require_refused(case: Case, *arguments: object) -> str:
     """Run a command, and require one message within its limits; return the message."""
-    child = case.lab.start(*arguments, limit_mib=6 * MIB)
+    child = case.lab.start(*arguments, limit_mib=2 * MIB)
     begun = time.monotonic()
     code, said = child.wait(30), child.said()
     assert code == 2, f"exit {code}: {said[-800:]}"
@@ -36,7 +36,7 @@ def require_refused(case: Case, *arguments: object) -> str:
     assert "report it" not in said
     assert "hint: " in said
     assert time.monotonic() - begun < SECONDS
-    assert child.peak_mib < MIB
+    assert child.added_mib < MIB / 2  # the program itself takes the other half
     return said
 
 

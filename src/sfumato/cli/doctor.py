@@ -34,7 +34,7 @@ ENOUGH_S = 1.0  # of measuring one thing, after which it is not repeated
 def doctor(
     run: Annotated[
         Path | None,
-        typer.Argument(help="A run: what is wrong with it, and the command that mends it."),
+        typer.Argument(help="A run: what is wrong with it, and the command that fixes it."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON, once it is measured.")

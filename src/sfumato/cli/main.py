@@ -50,7 +50,7 @@ for verb in (
     train, resume, finetune, sample, export, compare, evaluate, sweep, report, ema, explain, recipes, doctor,
     convert_checkpoint,
 ):  # fmt: skip
-    app.command()(verb)
+    app.command(verb.__name__.replace("_", "-"))(verb)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 

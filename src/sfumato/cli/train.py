@@ -29,8 +29,8 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the run at --run if it is there: the same command begins a training "
-            "and, after an interruption, goes on with it.",
+            help="Resume the run at --run if it is there: the same command begins a training "
+            "and, after an interruption, resumes it.",
         ),
     ] = False,
     dry_run: Annotated[

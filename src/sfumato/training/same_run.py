@@ -56,7 +56,7 @@ def require_same_run(
         raise CheckpointError(
             f"the data are not what this run was trained on: {_data_changes(state, dataset, directory)}",
             where=where,
-            hint="restore them as they were; or go on with them as they are, in a new epoch: "
+            hint="restore them as they were; or resume with them as they are, in a new epoch: "
             "`sfumato resume RUN --accept-data-change`",
         )
     elif state.get("plan") != plan.hash:
