@@ -499,3 +499,26 @@ def test_added_images_are_trained_on_from_a_new_epoch(pixel: Case, tmp_path: Pat
     state = json.loads((newest(run) / "state.json").read_text())
     assert state["plan_begins"] == 6
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("readers", [(), ("data.cache=off", "data.memory_gib=0"), READERS])
+def test_pipes_in_the_place_of_images_are_unreadable_and_do_not_hang(
+    pixel: Case, tmp_path: Path, readers: tuple[str, ...]
+) -> None:
+    folder = images(tmp_path / "images", size=8)
+    run = pixel.lab.new("pipes")
+    child = pixel.lab.start(
+        "train", pixel.recipe, "--run", run, f"data.source.path={folder}", *readers,
+        "budget.steps=300",
+    )  # fmt: skip
+    child.until(lambda: has_step(run, 5))
+    for file in folder.rglob("*.png"):
+        file.unlink()
+        os.mkfifo(file)
+    code = child.wait(60)
+    if readers:
+        assert code == 2, child.said()
+        assert "can no longer be read" in child.said()
+        assert counters(run)["step"] >= 5  # saved
+    else:
+        assert code == 0, child.said()

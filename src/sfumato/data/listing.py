@@ -10,6 +10,7 @@ import lzma
 import math
 import os
 import re
+import stat
 import struct
 import zipfile
 import zlib
@@ -57,7 +58,12 @@ def read(path: str, offset: int, most: int) -> bytes:
 
 def _open(path: str) -> int:
     if not files.is_url(path):
-        return os.open(path, os.O_RDONLY)
+        # a pipe that nobody writes to would never be opened otherwise
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(f"{path} is a folder, pipe or device, not a file")
+        return handle
     for _ in range(3):  # what is fetched may have to make room before it is opened
         place = files.local(path)
         with contextlib.suppress(FileNotFoundError):

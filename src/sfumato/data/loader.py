@@ -184,7 +184,8 @@ def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]
         worker_init_fn=die_with_parent if workers else None,
     )
     iterator: Iterator[Batch] = iter(loader)
-    if workers and threading.current_thread() is threading.main_thread():
+    main_thread = threading.current_thread() is threading.main_thread()
+    if workers and main_thread and hasattr(signal, "SIGCHLD"):
         # torch's handler raises in the middle of a step; a worker that has died is noticed when its
         # batch does not come
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

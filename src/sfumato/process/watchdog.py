@@ -6,10 +6,10 @@ import faulthandler
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: worth trying again
 _last_beat = 0.0
@@ -18,7 +18,7 @@ _last_beat = 0.0
 def beat() -> None:
     """Say that the work goes on."""
     global _last_beat
-    _last_beat = time.monotonic()
+    _last_beat = monotonic()
 
 
 class Watchdog:
@@ -39,9 +39,9 @@ class Watchdog:
     def watch(self) -> None:
         """End the process once the last beat is too long ago; the body of the thread."""
         every_s = min(1.0, self.seconds / 4)
-        expected = time.monotonic() + every_s
+        expected = monotonic() + every_s
         while not self._stop.wait(every_s):
-            now = time.monotonic()
+            now = monotonic()
             if now - expected > self.seconds / 2:  # the machine was asleep, or this process stopped
                 beat()
             expected = now + every_s
