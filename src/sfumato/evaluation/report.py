@@ -32,6 +32,7 @@ from sfumato.evaluation.statistics import ReferenceStatistics
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.images import Alpha, grid_image, save_png
 from sfumato.observability.tables import format_table
+from sfumato.storage.atomic import write_text
 
 STATISTICS = "statistics.npz"  # of the reference of the Fréchet distance
 NUM_PAIRS = 10  # of samples with their nearest training images
@@ -111,7 +112,7 @@ class EvaluationReport:
             save_png(image, path.parent / name)
         if self.fidelity.statistics is not None:
             self.fidelity.statistics.save(path.parent / STATISTICS)
-        path.write_text(self.json())
+        write_text(path, self.json())
 
 
 def evaluate_pipeline(

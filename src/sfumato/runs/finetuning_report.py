@@ -28,6 +28,7 @@ from sfumato.recipes.resolver import resolve
 from sfumato.runs.base import known_contexts
 from sfumato.runs.export import trained_model
 from sfumato.runs.loading import load
+from sfumato.storage.atomic import write_text
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.base_comparison import known_batch
 from sfumato.training.evidence import DRIFT_LIMIT, Comparison, Look
@@ -144,7 +145,7 @@ class FinetuningReport:
         folder.mkdir(parents=True, exist_ok=True)
         for name, image in self.images.items():
             save_png(image, folder / name)
-        (folder / "report.json").write_text(json.dumps(self.plain(), indent=1))
+        write_text(folder / "report.json", json.dumps(self.plain(), indent=1))
 
 
 def _measured(found: StoppingVerdict) -> list[str]:

@@ -22,6 +22,7 @@ from sfumato.data.check.measure import to_display_rgb
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fit_within
 from sfumato.data.listing import Entry
 from sfumato.errors import DataError
+from sfumato.storage.atomic import write_text
 
 MAX_TILES, MAX_GROUPS, THUMBNAIL = 24, 12, 96
 
@@ -46,7 +47,7 @@ def write(inspection: Inspection, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in paths.items():
-            (folder / name).write_text(content, encoding="utf-8")
+            write_text(folder / name, content)
     except OSError as error:
         raise DataError(
             f"cannot be written: {error}", where=str(folder), hint="name another folder with --out"
