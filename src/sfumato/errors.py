@@ -11,11 +11,15 @@ from typing import Any
 
 _PASSWORD = re.compile(r"(?<=://)[^/\s'\"]+@")  # of scheme://user:password@host
 _SIGNATURE = re.compile(
-    r"([?&][\w.-]*(?:sig|token|key|secret|passw|credential|auth)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
+    r"([?&](?:[\w.-]*(?:signature|token|key|secret|passw|credential|auth)[\w.-]*"
+    r"|(?:[\w.-]*[._-])?sig)=)[^&\s'\"]+",
+    re.IGNORECASE,
 )  # of a signed URL
 
 
-_TOKEN = re.compile(r"\b(hf_|Bearer\s+)[\w.-]{8,}")  # of the Hugging Face hub, and of headers
+_TOKEN = re.compile(
+    r"\b(hf_(?=[A-Za-z0-9]{20})|Bearer\s+)[\w.-]{8,}"
+)  # of the Hugging Face hub, and of headers
 
 
 def redact_secrets(text: str) -> str:

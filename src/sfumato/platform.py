@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import signal
@@ -24,6 +25,12 @@ except ImportError:  # Windows
     fcntl = resource = None  # type: ignore[assignment]
 
 PR_SET_PDEATHSIG = 1  # of prctl.h
+# limit and use of a container's memory: of cgroups 2 and 1
+CONTAINER_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+UNLIMITED = 1e18
 HAS_FILE_LOCKS = fcntl is not None
 _READING = threading.Lock()
 
@@ -46,8 +53,12 @@ def lock_file(file: IO[str]) -> None:
 
 @lru_cache
 def host_id() -> str:
-    """Return eight hexadecimal digits that stand for this machine's name."""
-    return f"{zlib.crc32(platform.node().encode()):08x}"
+    """Return eight hexadecimal digits that stand for this machine, and for a container on it."""
+    try:
+        processes = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        processes = 0
+    return f"{zlib.crc32(f'{platform.node()} {processes}'.encode()):08x}"
 
 
 def is_alive(pid: int) -> bool:
@@ -80,15 +91,25 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Return how many bytes of memory a process can still take; where unknown, those of the machine."""
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:  # not Linux
-        pass
+    """Return how many bytes of memory this process can still take, also in a container with a limit;
+    where that is unknown, those of the machine.
+    """
+    found = [_number_in(limit) - _number_in(used) for limit, used in CONTAINER_MEMORY]
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo") as lines:
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    known = [size for size in found if size < UNLIMITED]  # neither infinite nor NaN
+    if known:
+        return max(0, int(min(known)))
     return total_memory() if hasattr(os, "sysconf") else int(_psutil().virtual_memory().available)
+
+
+def _number_in(path: str) -> float:
+    """Return the number in a file of the system; infinity if there is none, or it says "max"."""
+    try:
+        with open(path) as file:
+            return float(file.read())
+    except (OSError, ValueError):
+        return math.inf
 
 
 def peak_memory() -> int:

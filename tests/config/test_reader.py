@@ -293,3 +293,28 @@ def test_flattening() -> None:
         "a.c.d": [1],
         "e": None,
     }
+
+
+@pytest.mark.parametrize(
+    "text", ["08", "1e5", "0o17", "2024e1", ".5", "1:30", "yes", "2024-05-01", "0x1F", "~", "+1"]
+)
+def test_texts_that_look_like_numbers_stay_texts(text: str) -> None:
+    assert reader.load_yaml(reader.dump_yaml({"name": text}), where="here") == {"name": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12),
+        ("-3", -3),
+        ("0o17", 15),
+        ("0xff", 255),
+        ("010", 10),
+        ("1e-4", 1e-4),
+        ("1.", 1.0),
+        ("1:30", "1:30"),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    found = reader.load_yaml(f"a: {text}", where="here")["a"]
+    assert (found, type(found)) == (value, type(value))

@@ -38,9 +38,9 @@ def numbers(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
     for key, value in data.items():
         if isinstance(value, dict):
             yield from numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + key, value
-        elif isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
+        elif (isinstance(value, int | float) and not isinstance(value, bool)) or (
+            isinstance(value, list) and value and all(isinstance(v, int | float) for v in value)
+        ):
             yield prefix + key, value
 
 

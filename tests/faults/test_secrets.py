@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.data.image_metadata import orientation_of, without_metadata
+from sfumato.errors import redact_secrets
 from sfumato.recipes.run_config import read_run_config, write_run_config
 from sfumato.recipes.run_origin import is_made_here
 from sfumato.storage.run_directory import RunDirectory
@@ -65,12 +66,45 @@ def test_metadata_are_left_out_and_pixels_and_orientation_kept(kind: str, orient
     assert without_metadata(clean) == clean
 
 
+def test_what_hides_in_unusual_places_is_left_out_too() -> None:
+    """Fill bytes before a marker, comments between scans, and what follows the image: a second photo,
+    a film, or a word.
+    """
+    data, second = encoded("JPEG"), encoded("JPEG", 6)
+    filled = data[:2] + data[2:].replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1)
+    progressive = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(progressive, "JPEG", progressive=True, quality=90)
+    scans = progressive.getvalue()
+    between = scans.rindex(b"\xff\xda")
+    comment = b"\xff\xfe" + (2 + len(COMMENT)).to_bytes(2, "big") + COMMENT.encode()
+    spoilt = scans[:between] + comment + scans[between:]
+    for each in (filled, data + second, data + COMMENT.encode(), spoilt):
+        clean = without_metadata(each)
+        assert COMMENT.encode() not in clean
+        assert PLACE.encode() not in clean
+        before, after = (np.asarray(Image.open(io.BytesIO(one))) for one in (each, clean))
+        assert (before == after).all()
+    png = encoded("PNG")
+    for each in (png + b"x", png + COMMENT.encode()):
+        assert COMMENT.encode() not in without_metadata(each)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_damaged_files_are_returned_as_they_are(kind: str) -> None:
+def test_damaged_files_are_said_to_be(kind: str) -> None:
     data = encoded(kind)
-    for end in range(0, len(data), 7):
-        without_metadata(data[:end])  # no error
+    for end in range(12, len(data) - 1, 7):
+        with pytest.raises(ValueError, match="cut or damaged"):
+            without_metadata(data[:end])
     assert without_metadata(b"GIF89a" + data) == b"GIF89a" + data
+
+
+def test_ordinary_names_are_no_secrets() -> None:
+    for text in (
+        "/data/hf_datasets-images/x", "/models/hf_checkpoints/sd", "https://a.b/c?design=7&assign=1",
+    ):  # fmt: skip
+        assert redact_secrets(text) == text
+    for text in ("hf_" + "a1B2" * 9, "https://a.b/c?sig=7", "https://a.b/c?X-Amz-Signature=7"):
+        assert redact_secrets(text) != text
 
 
 def planted(text: str, *places: Path) -> list[str]:

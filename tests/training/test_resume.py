@@ -321,7 +321,7 @@ def test_two_processes_never_share_a_run(stopped, tmp_path) -> None:
     with RunDirectory.existing(run).locked():
         (run / "checkpoints" / ".tmp-7-being-written").mkdir()
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
-        with pytest.raises(RunError, match=rf"another process .* process {os.getpid()} on"):
+        with pytest.raises(RunError, match=rf"another process .* process {os.getpid()}, this one"):
             resume(run, overrides={"budget.steps": 16})
     assert {
         path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"

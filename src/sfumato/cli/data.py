@@ -326,5 +326,5 @@ def cache(
     require_writable(
         cache_folder(), option="SFUMATO_CACHE"
     )  # training goes on without a cache; this command is for nothing else
-    dataset = open_data(resolve(source, overrides or ()))
+    dataset = open_data(resolve(source, overrides or ()), directory=source)
     _say(f"{len(dataset.entries)} images, {len(dataset.rejects)} left out; cache: {cache_folder()}")

@@ -63,7 +63,7 @@ def explain(
     trained = (Path(source) / "checkpoints").is_dir()
     folder = out or (Path(source) / "explained" if trained else Path("explained") / settings.name)
     require_writable(folder)
-    dataset = open_data(settings)
+    dataset = open_data(settings, directory=source)
     pipeline = load(source) if trained else None
     way_back, denoiser = _way_back(pipeline, settings, dataset)
     paths = [

@@ -79,7 +79,7 @@ _StricterSafeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _tag, _pattern, _first in (
+_SCALARS = (
     (_BOOL, "true|false|True|False", "tfTF"),
     (_INT, "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     (
@@ -87,7 +87,8 @@ for _tag, _pattern, _first in (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+.0123456789",
     ),
-):
+)
+for _tag, _pattern, _first in _SCALARS:
     _StricterSafeLoader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list(_first))
 _StricterSafeLoader.add_constructor(_INT, _StricterSafeLoader.construct_integer)
 _StricterSafeLoader.add_constructor(_FLOAT, _StricterSafeLoader.construct_number)
@@ -173,6 +174,9 @@ def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
 
 
 _Dumper.add_representer(list, _represent_list)
+# a text that looks like a number of YAML 1.2 is quoted, beside those that YAML 1.1 would misread
+for _tag, _pattern, _first in _SCALARS:
+    _Dumper.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 def with_overrides(

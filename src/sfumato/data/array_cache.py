@@ -77,6 +77,10 @@ class ArrayCache:
 
     folder: Path
     records: dict[str, Record] = field(default_factory=dict)
+    _maps: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # other processes map the files for themselves
 
     @classmethod
     def open(cls, kind: str, transform: str) -> ArrayCache:
@@ -134,7 +138,9 @@ class ArrayCache:
         Raises:
             DamagedRows: see `damaged`.
         """
-        row = np.array(self.map(place.file)[place.row])
+        if place.file not in self._maps:
+            self._maps[place.file] = self.map(place.file)
+        row = np.array(self._maps[place.file][place.row])
         if _check(row) != place.check:
             raise self.damaged([place.file])
         return row

@@ -161,8 +161,10 @@ def _pack(
                 blob = getattr(entry, name)
                 if blob is not None:
                     data = _read(blob)
+                    if name != "points" and not keep_metadata:
+                        data = _plain_image(data)
                     if name != "points":
-                        data = _as_image(data if keep_metadata else without_metadata(data))
+                        data = _as_image(data)
                     sample[name] = data
         except OSError as error:
             rejects.append(Reject(entry.name, str(error)))
@@ -177,6 +179,13 @@ def _read(blob: Blob) -> bytes:
     if len(data) > MAX_BYTES:
         raise OSError(f"more than {MAX_BYTES >> 20} MiB")
     return data
+
+
+def _plain_image(data: bytes) -> bytes:
+    try:
+        return without_metadata(data)
+    except ValueError as error:
+        raise OSError(f"{error}, so that its metadata cannot be left out") from None
 
 
 def _as_image(data: bytes) -> bytes:

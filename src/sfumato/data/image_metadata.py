@@ -16,19 +16,26 @@ from PIL import Image
 
 ORIENTATION = 0x0112
 JPEG, PNG, RIFF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF"
-START_OF_SCAN, COMMENT, APP0 = 0xDA, 0xFE, 0xE0
+FILL, START_OF_SCAN, END, COMMENT, APP0 = 0xFF, 0xDA, 0xD9, 0xFE, 0xE0
+IN_SCAN = {0x00, *range(0xD0, 0xD8)}  # what follows FF within a scan: a stuffed byte, a restart
 # application segments that change how pixels are read: JFIF, colour profiles, Adobe's transform
-KEPT_APPS = {0xE0: b"", 0xE2: b"ICC_PROFILE", 0xEE: b"Adobe"}
-PNG_METADATA = {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"tIME", b"dSIG"}
+KEPT_APPS = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE", 0xEE: b"Adobe"}
+PNG_KEPT = {
+    b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"cHRM", b"gAMA", b"iCCP", b"sBIT", b"sRGB", b"cICP",
+    b"mDCV", b"cLLI", b"bKGD", b"hIST", b"pHYs", b"sPLT", b"acTL", b"fcTL", b"fdAT",
+}  # fmt: skip
 WEBP_METADATA = {b"EXIF", b"XMP "}
 WEBP_FLAGS = 0b1100  # of the extended header: has Exif, has XMP
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return an image file without Exif, XMP and comments; the orientation of a photo is kept.
+    """Return an image file without Exif, XMP, comments and what follows the image; the orientation of
+    a photo is kept.
 
-    JPEG, PNG and WebP are rewritten; other formats, and files that are damaged, are returned as
-    they are.
+    JPEG, PNG and WebP are rewritten; other formats are returned as they are.
+
+    Raises:
+        ValueError: if the file is damaged, so that it cannot be told what is metadata.
     """
     try:
         if data.startswith(JPEG):
@@ -38,8 +45,15 @@ def without_metadata(data: bytes) -> bytes:
         if data.startswith(RIFF) and data[8:12] == b"WEBP":
             return _webp(data)
     except (struct.error, IndexError):
-        return data
+        raise ValueError("is cut or damaged") from None
     return data
+
+
+def keeps_metadata(data: bytes) -> bool:
+    """Return whether a file is of a format whose metadata cannot be left out here."""
+    return not data.startswith((JPEG, PNG)) and not (
+        data.startswith(RIFF) and data[8:12] == b"WEBP"
+    )
 
 
 def orientation_of(data: bytes) -> int:
@@ -63,39 +77,63 @@ def _orientation_only(data: bytes) -> bytes:
 
 
 def _jpeg(data: bytes) -> Iterator[bytes]:
+    """Yield the segments and scans of the first image; a second one, or a film, may follow it."""
     yield JPEG
     exif = _orientation_only(data)
     at, begins = 2, True
     while True:
-        if data[at] != 0xFF:
+        if data[at] != FILL:
             raise struct.error("no marker")
-        marker, (length,) = data[at + 1], struct.unpack_from(">H", data, at + 2)
+        while data[at + 1] == FILL:
+            at += 1
+        marker = data[at + 1]
+        if marker == END:
+            yield data[at : at + 2]
+            return
+        (length,) = struct.unpack_from(">H", data, at + 2)
         segment = data[at : at + 2 + length]
         if begins and marker != APP0:
             begins = False
             if exif:
                 yield b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif
-        if marker == START_OF_SCAN:
-            yield data[at:]
-            return
-        is_app = 0xE0 <= marker <= 0xEF
+        is_app = APP0 <= marker <= 0xEF
         kept = marker in KEPT_APPS and segment[4:].startswith(KEPT_APPS[marker])
         if kept or (not is_app and marker != COMMENT):
             yield segment
         at += 2 + length
+        if marker == START_OF_SCAN:
+            begin = at
+            at = _end_of_scan(data, at)
+            yield data[begin:at]
+
+
+def _end_of_scan(data: bytes, at: int) -> int:
+    """Return where the marker after a scan begins."""
+    while True:
+        at = data.find(b"\xff", at)
+        if at < 0:
+            raise struct.error("no end")
+        if data[at + 1] not in IN_SCAN and data[at + 1] != FILL:
+            return at
+        at += 1 if data[at + 1] == FILL else 2
 
 
 def _png(data: bytes) -> Iterator[bytes]:
     yield PNG
     at = len(PNG)
     exif = _orientation_only(data).removeprefix(b"Exif\0\0")
-    while at < len(data):
+    while True:
         (length,), kind = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
+        chunk = data[at : at + 12 + length]
+        if len(chunk) < 12 + length:
+            raise struct.error("cut")
         if kind == b"IDAT" and exif:
             yield _png_chunk(b"eXIf", exif)
             exif = b""
-        if kind not in PNG_METADATA:
-            yield data[at : at + 12 + length]
+        if kind in PNG_KEPT:
+            yield chunk
+        if kind == b"IEND":
+            return
         at += 12 + length
 
 
@@ -106,9 +144,14 @@ def _png_chunk(kind: bytes, body: bytes) -> bytes:
 def _webp(data: bytes) -> bytes:
     exif = _orientation_only(data).removeprefix(b"Exif\0\0")
     chunks, at = [], 12
-    while at + 8 <= len(data):
+    end = 8 + struct.unpack_from("<I", data, 4)[0]
+    if end > len(data):
+        raise struct.error("cut")
+    while at + 8 <= end:
         kind, (length,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
         body = data[at + 8 : at + 8 + length]
+        if len(body) < length:
+            raise struct.error("cut")
         if kind == b"VP8X":
             flags = body[0] & ~WEBP_FLAGS | (0b1000 if exif else 0)
             body = bytes([flags]) + body[1:]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato import config as configuration
 from sfumato.conditioners import PipelineTextConfig, PretrainedTextConfig
-from sfumato.errors import OutputError
+from sfumato.errors import OutputError, without_secrets
 from sfumato.foreign_models import PIPELINE
 from sfumato.interop.base_folder import BaseFolder, copy_files
 from sfumato.interop.merging import NAMES, require_dtype, round_tensor
@@ -162,7 +162,7 @@ def _write_run(
             "facts": asdict(pipeline.info),
             "image_shape": list(pipeline.image_shape),
             "frozen": "",
-            "config": plain,
+            "config": without_secrets(plain),
         },
         tensors={"ema": tensors},
         keep=1,

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: worth trying again
+LAST_S = 60.0  # in which what is whole is saved, before the process ends in any case
 _last_beat = 0.0
 
 
@@ -30,11 +31,17 @@ class Watchdog:
             thread hangs.
     """
 
+    file: Path | None
+    on_stall: Callable[[str], object]
+
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.file: Path | None = None
-        self.on_stall: Callable[[str], object] = lambda message: None
+        self.seconds = self._first = seconds
         self._stop = threading.Event()
+        self.forget()
+
+    def forget(self) -> None:
+        """Go back to what holds where nothing can be saved."""
+        self.seconds, self.file, self.on_stall = self._first, None, lambda message: None
 
     def watch(self) -> None:
         """End the process once the last beat is too long ago; the body of the thread."""
@@ -49,6 +56,10 @@ class Watchdog:
                 self._end(now - _last_beat)
 
     def _end(self, idle_s: float) -> None:
+        # what follows may hang on the same disk
+        last = threading.Timer(LAST_S, os._exit, (EXIT_CODE,))
+        last.daemon = True
+        last.start()
         message = (
             f"nothing has moved for {idle_s:.0f} s: the process ends, with exit code {EXIT_CODE}"
         )

@@ -196,10 +196,12 @@ class TrainedAutoencoder(TrainingConfig):
 
         The latents, and what is learned from them, belong to that autoencoder.
         """
-        for newest in checkpoint.paths(stage.checkpoints)[:1]:
-            before = configuration.parse(
-                TrainedAutoencoder, checkpoint.configuration_of(newest), where=str(newest)
-            )
+        for newest in checkpoint.paths(stage.checkpoints):
+            try:
+                saved = checkpoint.configuration_of(newest)
+            except CheckpointError:
+                continue  # damaged, and not needed any more
+            before = configuration.parse(TrainedAutoencoder, saved, where=str(newest))
             # affects encoding alone
             before = replace(before, augmented_copies=self.augmented_copies)
             changed = configuration.differences(
@@ -212,6 +214,7 @@ class TrainedAutoencoder(TrainingConfig):
                     where="autoencoder",
                     hint="leave its settings as they are in config.yaml, or start a new run",
                 )
+            return
 
     def trainer(self, dataset: Dataset, stage: RunDirectory) -> Trainer:
         """Build the trainer of the autoencoder alone.
@@ -330,12 +333,12 @@ class PretrainedAutoencoder:
 
         It is read from the run's own copy, if there is one, since the original may be gone.
         """
-        copy = None if run is None else run / FOLDER / FINAL
-        autoencoder = (
-            autoencoder_files.load(copy)
-            if copy is not None and (copy / autoencoder_files.CONFIG).is_file()
-            else autoencoder_files.load(self.path, self.decoder, variant=self.variant)
-        )
+        copy, autoencoder = None if run is None else run / FOLDER / FINAL, None
+        if copy is not None and (copy / autoencoder_files.CONFIG).is_file():
+            with suppress(CheckpointError):  # damaged: it is made again
+                autoencoder = autoencoder_files.load(copy)
+        if autoencoder is None:
+            autoencoder = autoencoder_files.load(self.path, self.decoder, variant=self.variant)
         return LatentShape(autoencoder.latent_channels, autoencoder.factor)
 
     def load(self, run: Path, image_channels: int) -> Autoencoder:

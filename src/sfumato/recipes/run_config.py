@@ -24,7 +24,7 @@ from sfumato.storage.run_directory import RunDirectory
 
 HEADER = (
     "# Written by sfumato. To change a setting, give it to `sfumato resume`: what is edited here is\n"
-    "# not used once there is a checkpoint, except where data and models lie.\n"
+    "# not used, except where data and models lie.\n"
     "# sha256 of the lines below: "
 )
 SHOWN = 8  # differing settings that a warning lists
@@ -33,8 +33,9 @@ SHOWN = 8  # differing settings that a warning lists
 def write_run_config(directory: RunDirectory, plain: dict[str, Any]) -> None:
     """Replace config.yaml, with a hash of what it says; secrets in addresses are left out."""
     body = configuration.dump_yaml(without_secrets(plain))
-    write_text(directory.config, f"{HEADER}{_digest(body)}\n{body}", durable=True)
-    directory.write_json(SEAL, seal(body))
+    text = f"{HEADER}{_digest(body)}\n{body}"
+    write_text(directory.config, text, durable=True)
+    directory.write_json(SEAL, seal(text))
 
 
 def read_run_config(path: Path) -> dict[str, Any]:

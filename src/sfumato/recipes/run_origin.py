@@ -23,28 +23,22 @@ from sfumato.storage.atomic import atomic_file
 
 SEAL = "local.json"  # in a run, beside its configuration
 ALLOW = "SFUMATO_ALLOW_HUB"  # set by --allow-hub
+ENCODERS = ("conditioner.text.encoder", "conditioner.text.path")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def seal(body: str) -> dict[str, str]:
-    """Return what local.json says of the configuration of a run that this machine made."""
-    return {"seal": _mac(body)}
+def seal(text: str) -> dict[str, str]:
+    """Return what local.json says of the config.yaml of a run that this machine made."""
+    return {"seal": _mac(text)}
 
 
 def is_made_here(run: Path) -> bool:
     """Return whether this machine wrote a run's configuration as it is."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        body = configuration_body((run / "config.yaml").read_text(encoding="utf-8"))
+        text = (run / "config.yaml").read_text(encoding="utf-8")
         stated = json.loads((run / SEAL).read_text())["seal"]
-        return hmac.compare_digest(str(stated), _mac(body))
+        return hmac.compare_digest(str(stated), _mac(text))
     return False
-
-
-def configuration_body(text: str) -> str:
-    """Return the lines of a config.yaml that are no comments at its head."""
-    lines = text.splitlines(keepends=True)
-    first = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return "".join(lines[first:])
 
 
 def require_leave(run: Path, settings: Run, *, data: bool) -> None:
@@ -61,24 +55,26 @@ def require_leave(run: Path, settings: Run, *, data: bool) -> None:
     named |= {f"conditioner.text.{key}": text[key] for key in ("encoder", "path") if key in text}
     named["data.source.path"] = plain["data"]["source"].get("path")
     for key, place in named.items():
-        if (data or key not in DATA) and isinstance(place, str) and _is_remote(place):
+        if (data or key not in DATA) and isinstance(place, str) and _is_remote(key, place):
             raise ConfigError(
                 f"names {place!r}, which would be fetched from the network, and the run was not "
                 "made on this machine",
                 where=f"{run}: {key}",
-                hint="if you trust whoever made it, add --allow-hub; or name a folder that is here",
+                hint="if you trust whoever made it, add --allow-hub (or set SFUMATO_ALLOW_HUB=1 where "
+                "no person is); or name a folder that is here",
             )
 
 
-def _is_remote(place: str) -> bool:
+def _is_remote(key: str, place: str) -> bool:
+    """Return whether a place is fetched from the network: for an encoder, any name that is no path."""
     if files.is_url(place) or place.startswith("hub:"):
         return True
     known = place in NAMES or place.startswith("package:") or os.path.exists(place)
-    return not known and HUB_NAME.fullmatch(place) is not None
+    return not known and (key in ENCODERS or HUB_NAME.fullmatch(place) is not None)
 
 
-def _mac(body: str) -> str:
-    return hmac.new(_key(), body.encode(), hashlib.sha256).hexdigest()
+def _mac(text: str) -> str:
+    return hmac.new(_key(), text.encode(), hashlib.sha256).hexdigest()
 
 
 def _key() -> bytes:
@@ -90,5 +86,6 @@ def _key() -> bytes:
     key = secrets.token_bytes(32)
     with suppress(OSError), atomic_file(file) as opened:
         opened.write(key)
-        os.fchmod(opened.fileno(), 0o600)
+        if hasattr(os, "fchmod"):  # not on Windows
+            os.fchmod(opened.fileno(), 0o600)
     return key

@@ -71,6 +71,8 @@ def check_run(path: Path) -> Iterator[Check]:
 def _lock(directory: RunDirectory) -> Check:
     if not HAS_FILE_LOCKS:
         return Check("lock", False, "this system has no file locks", "train on Linux or macOS")
+    if directory.is_held_here():
+        return Check("lock", True, "held by this process")
     file = directory.path / LOCK
     if not file.exists():
         return Check("lock", True, "no process has trained here")

@@ -89,7 +89,7 @@ def evaluate_run(
     if not pipeline.reads:
         for scale in guidance:
             require_context(scale, {})
-    dataset = preparation.open_data(settings)
+    dataset = preparation.open_data(settings, directory=path if reference is None else None)
     remarks = (
         [*_changed(folder, dataset), *_verdict(folder)]
         if reference is None

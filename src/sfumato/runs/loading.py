@@ -97,7 +97,7 @@ def width_errors(
     model = pipeline.model
     validator = Validator(
         config=settings,
-        dataset=open_data(settings),
+        dataset=open_data(settings, directory=directory.path),
         schedule=settings.objective.schedule,
         conditioner=model.conditioner,
         autoencoder=pipeline.autoencoder,

@@ -25,6 +25,7 @@ from sfumato.recipes.model import build_model as build_model
 from sfumato.recipes.model import text_encoder as text_encoder
 from sfumato.recipes.paths import require_there
 from sfumato.recipes.run import Run
+from sfumato.recipes.run_origin import require_leave
 from sfumato.runs.base import base_loader, inherited_info, read_base, require_base
 from sfumato.runs.initial_adapter import begin_adapter
 from sfumato.runs.prior_images import given_prior
@@ -107,11 +108,18 @@ def prepare(
     return PreparedRun(run=run, dataset=dataset, info=info, model=model, prior=prior)
 
 
-def open_data(run: Run, listing: Listing | None = None) -> Dataset:
+def open_data(
+    run: Run, listing: Listing | None = None, *, directory: str | Path | None = None
+) -> Dataset:
     """Index the run's data, and show progress.
 
-    `listing` is that of its source, if it was already made.
+    Args:
+        listing: that of its source, if it was already made.
+        directory: the run's directory, if it has one: of a run from elsewhere, data are not fetched
+            without leave.
     """
+    if directory is not None and (Path(directory) / "config.yaml").is_file():
+        require_leave(Path(directory), run, data=True)
     require_there(run)
     with ProgressBar("reading images") as bar:
         dataset = index(

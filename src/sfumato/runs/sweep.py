@@ -74,7 +74,7 @@ def sweep_run(
     run = resolve(directory.path)
     if minutes is None:
         minutes = max(LEAST_MINUTES, SHARE * trained_seconds(directory) / 60)
-    dataset = open_data(run) if dataset is None else dataset
+    dataset = open_data(run, directory=directory.path) if dataset is None else dataset
     require_held_out(dataset, directory.path)
     pipeline, own = load_own(directory), own_setting(directory, run.sampling)
     left = 60 * minutes - (time.perf_counter() - begun)

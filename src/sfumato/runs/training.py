@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.data import Dataset
-from sfumato.errors import RunError, without_secrets
+from sfumato.errors import RunError, redact_secrets, without_secrets
 from sfumato.observability.progress import console
 from sfumato.process.signals import Interrupted, handled
 from sfumato.process.watchdog import watching
@@ -65,11 +65,23 @@ def train(
                 hint="name its directory with --run, also the first time",
             )
         if os.path.lexists(Path(run) / "config.yaml"):
-            return resume(run, overrides=overrides)
+            return resume(run, overrides=_with_address(source, overrides))
     if run is not None:
         RunDirectory.require_free(Path(run))
     with _supervised():
         return _train(source, resolve_config(source, overrides), run)
+
+
+def _with_address(source: str | Path | Run, overrides: Overrides) -> Overrides:
+    """Return the overrides of a resumed run with the address of its images, whose secrets it does not
+    store.
+    """
+    if isinstance(source, Run) or redact_secrets(str(source)) == str(source):
+        return overrides
+    given = {"data.source.path": str(source)}
+    if isinstance(overrides, Mapping):
+        return {**given, **overrides}
+    return [*(f"{key}={value}" for key, value in given.items()), *overrides]
 
 
 @contextmanager
@@ -223,9 +235,8 @@ def _restore_trainer(
     before = with_absolute_paths(resolve(directory.path))
     settings = with_absolute_paths(resolve(directory.path, overrides))
     screen = console()
-    for line in configuration.differences(
-        configuration.plain(before), configuration.plain(settings)
-    ):
+    changed = configuration.differences(configuration.plain(before), configuration.plain(settings))
+    for line in changed:
         screen.print(f"changed on resume: {line}", markup=False)
     require_leave(directory.path, settings, data=True)
     begins = not directory.has_begun()
@@ -237,6 +248,8 @@ def _restore_trainer(
     trainer = build_trainer(prepared, directory)
     for warning in trainer.resume(accepts_data=accepts_data):
         screen.print(f"warning: {warning}", markup=False)
+    if changed or accepts_data:
+        trainer.state.counters.forget_losses()
     directory.require_space(trainer.saver.disk_bytes())
     _write_description(prepared, directory)
     return trainer

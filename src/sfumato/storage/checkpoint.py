@@ -150,15 +150,19 @@ def set_newer_aside(root: Path, *, step: int) -> list[Path]:
 
 
 def set_diverged_aside(root: Path) -> int | None:
-    """Rename checkpoints newer than the newest sound one to `.diverged`.
+    """Rename checkpoints newer than the newest sound one to `.diverged`; those of an earlier time are
+    removed.
 
     Returns:
         the step of the newest sound checkpoint; None if there is none.
     """
+    earlier = list(root.glob("step-*.diverged"))
     for path in paths(root):
         if _is_sound(path):
             _point_latest(root, path.name)
             return int(path.name[5:])
+        while earlier:  # of the trouble before; the newest is enough to look at
+            shutil.rmtree(earlier.pop(), ignore_errors=True)
         set_aside(path, "diverged")
     return None
 

@@ -26,7 +26,7 @@ from sfumato.storage.output_paths import require_writable
 HEARTBEAT_S = 5.0
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 BUNDLE = "bundle.json"  # in a run that was exported without its optimizer
-DESCRIPTION_FILES = ("config.yaml", "data.json", "environment.json")
+DESCRIPTION_FILES = ("config.yaml", "local.json", "data.json", "environment.json")
 LOCK = ".lock"
 _held: set[Path] = set()  # runs that this process trains: its own lock does not exclude it
 
@@ -64,7 +64,7 @@ class RunDirectory:
                 where=str(path),
                 hint=f"`sfumato resume {path}`, or choose another --run",
             )
-        left = sorted(path.glob("**/checkpoints/step-*"))
+        left = sorted(path.glob("checkpoints/step-*"))
         if left or (path / "autoencoder").exists():
             raise RunError(
                 "there are checkpoints of an earlier run here, which a new run would take for its "
@@ -135,6 +135,12 @@ class RunDirectory:
             )
         place = self.path.resolve()
         with contextlib.ExitStack() as stack:
+            if self.is_held_here():  # to open and close its lock again would give it up
+                raise RunError(
+                    f"another process is training here: process {os.getpid()}, this one",
+                    where=str(self.path),
+                    hint="wait for it, or stop it first",
+                )
             try:
                 handle = stack.enter_context((self.path / LOCK).open("a+"))
             except OSError as error:
@@ -145,8 +151,6 @@ class RunDirectory:
                     "and resume it there",
                 ) from None
             try:
-                if place in _held:
-                    raise BlockingIOError
                 lock_file(handle)
             except BlockingIOError:
                 raise RunError(
@@ -169,6 +173,10 @@ class RunDirectory:
                 handle.flush()
             self._sweep()
             yield
+
+    def is_held_here(self) -> bool:
+        """Return whether this process trains here."""
+        return self.path.resolve() in _held
 
     def holder(self) -> str:
         """Return which process wrote the lock file last, as the end of a sentence; "" if unknown."""

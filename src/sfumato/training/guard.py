@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from sfumato.training.trainer import StepResult, Trainer
 
 SKIPS_IN_A_ROW = 20  # steps without an update, after which training goes back
+SERIOUS = (
+    5  # steps without an update in a row, from which checkpoints are not good ones for a while
+)
 MAX_ROLLBACKS = 3  # one after another, after which the run ends
 # The moving average of the loss has jumped if it exceeds its median by this factor, and by as many of
 # its deviations (1.48 x median absolute deviation, of the logarithm), so that a loss that varies
@@ -58,7 +61,8 @@ def has_jumped(averages: Sequence[float]) -> bool:
     Losses that are not positive have no logarithm, and are never said to jump.
     """
     before, now = averages[:-NEWEST], averages[-1] if averages else 0.0
-    if not before or now <= 0 or min(before) <= 0:
+    least = min(before, default=0.0)
+    if least <= 0 or now <= JUMP_FACTOR * least:  # nor can it exceed the median by as much
         return False
     logs = [math.log(value) for value in before]
     middle = statistics.median_low(logs)
@@ -184,10 +188,15 @@ def go_back(trainer: Trainer, trouble: UnstableError, session: Session) -> None:
         resumed_from=None if gives_up else sound,
         steps=trainer.recent.rows(),
     )
-    file = incident.write(trainer)
+    try:
+        file = str(incident.write(trainer))
+    except OSError as error:  # the disk may be full
+        file = f"not written: {error}"
     if gives_up:
         raise _given_up(trainer, trouble, sound, file)
-    loaded, _ = checkpoint.load_newest(directory.checkpoints)
+    loaded, warnings = checkpoint.load_newest(directory.checkpoints)
+    for line in warnings:
+        session.bar.say(f"warning: {line}")
     trainer.state.restore(loaded.tensors, loaded.counters)
     trainer.state.counters.record_rollback(counters, first, last)
     post_hoc_ema.forget(directory.averages, after=trainer.state.counters.step)
@@ -195,13 +204,13 @@ def go_back(trainer: Trainer, trouble: UnstableError, session: Session) -> None:
         hook.go_back(trainer)
     session.go_back(trainer.state.counters.step)
     session.bar.say(
-        f"warning: {trouble.what} at {trouble.where}: training goes back to step {sound}, and "
+        f"warning: {trouble.what} at {trouble.where}: training goes back to step {loaded.step}, and "
         f"the batches of steps {first} to {last} are passed over; what is known of them: {file}"
     )
 
 
 def _given_up(
-    trainer: Trainer, trouble: UnstableError, sound: int | None, file: Path
+    trainer: Trainer, trouble: UnstableError, sound: int | None, file: str
 ) -> DivergedError:
     start = (
         ""

@@ -47,7 +47,8 @@ class Session:
         """Drop the records of steps that are trained again from the files that can forget them."""
         for sink in self.sinks:
             if isinstance(sink, MetricsFile):
-                sink.drop_after(step)
+                with suppress(OSError):  # later lines of the same steps follow
+                    sink.drop_after(step)
         self.unreadable.go_back(step)
 
     def close(self) -> None:

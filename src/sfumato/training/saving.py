@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato.errors import CheckpointError, UnsavedError
 from sfumato.observability.progress import ProgressBar
 from sfumato.platform import available_memory
-from sfumato.process import watchdog
+from sfumato.process import signals, watchdog
 from sfumato.storage import checkpoint
 from sfumato.storage.untrusted import first_not_finite
 from sfumato.training import post_hoc_ema
@@ -172,7 +172,7 @@ class RunSaver:
                 self.save_now()
                 return
             except (CheckpointError, OSError) as error:
-                if wait_s is None:
+                if wait_s is None or (waits_s is LAST_WAITS_S and signals.is_stop_requested()):
                     raise self._unsaved(error) from None
                 bar.say(
                     f"warning: the last checkpoint could not be saved ({error}); trying again in "
@@ -247,10 +247,13 @@ class BackgroundWriter:
         """
         self.wait()
         size = sum(value.nbytes for group in tensors.values() for value in group.values())
-        if available_memory() < ROOM * size:
+        copies = None
+        if available_memory() >= ROOM * size:
+            with suppress(MemoryError):
+                copies = {name: copied(group) for name, group in tensors.items()}
+        if copies is None:
             write(tensors)
             return
-        copies = {name: copied(group) for name, group in tensors.items()}
         self._thread = threading.Thread(
             target=self._run, args=(write, copies), name="checkpoint", daemon=False
         )
@@ -261,6 +264,10 @@ class BackgroundWriter:
             write(tensors)
         except (CheckpointError, OSError) as error:
             self._error = error
+        except Exception as error:  # whatever it is, nothing was saved
+            self._error = CheckpointError(
+                f"could not be written: {type(error).__name__}: {error}", where="checkpoint"
+            )
 
     def raise_if_failed(self) -> None:
         """Raise what went wrong in a write that has ended, once."""

@@ -36,9 +36,9 @@ class Counters:
     took, and `stopped` is the state of the verdict that ended the run, if one did.
 
     `losses` are the newest values of that moving average. `trouble` is the number of updates at the
-    last step that was skipped or jumped, -1 if there was none, `rollbacks` how often training went
-    back since it was last settled, and `passed_over` the steps whose batches are not trained on, as
-    pairs of the first and the last.
+    last return to an earlier checkpoint, or when several steps in a row were skipped; -1 if there
+    was none. `rollbacks` is how often training went back since it was last settled, and
+    `passed_over` the steps whose batches are not trained on, as pairs of the first and the last.
 
     `micro_batch` is the size to which micro-batches were halved for lack of memory; 0 if they were
     not.
@@ -72,7 +72,8 @@ class Counters:
         If not, the weights may have diverged.
         """
         settled = self.trouble < 0 or self.updates - self.trouble >= guard.SETTLED
-        return settled and (self.least_loss <= 0 or self.loss <= DIVERGED_RATIO * self.least_loss)
+        usual = self.least_loss <= 0 or self.loss <= DIVERGED_RATIO * self.least_loss
+        return settled and usual and not self.skipped_in_a_row
 
     @property
     def is_passed_over(self) -> bool:
@@ -83,7 +84,8 @@ class Counters:
         """Count a step that was not applied."""
         self.skipped += 1
         self.skipped_in_a_row += 1
-        self.trouble = self.updates
+        if self.skipped_in_a_row >= guard.SERIOUS:
+            self.trouble = self.updates
 
     def record_rollback(self, before: Counters, first: int, last: int) -> None:
         """Count a return to the checkpoint that these counters are of.
@@ -95,6 +97,10 @@ class Counters:
         self.trouble, self.rollbacks = self.updates, before.rollbacks + 1
         self.seconds = max(self.seconds, before.seconds)
         self.passed_over = [*before.passed_over, [first, last]]
+
+    def forget_losses(self) -> None:
+        """Forget what losses were usual, since others may be from now on."""
+        self.losses, self.least_loss = [], self.loss
 
     def record_update(self, loss: float) -> None:
         """Count an update, and add the loss of its step to the moving average."""

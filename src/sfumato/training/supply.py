@@ -44,7 +44,7 @@ class Supply:
             try:
                 batch = next(self._batches)
             except Exception as error:
-                if "timed out" in str(error) and isinstance(error, RuntimeError):
+                if str(error).startswith("DataLoader timed out after"):
                     continue
                 if not self._has_lost_reader():
                     raise

@@ -181,11 +181,12 @@ class Trainer:
                     self.directory.write_status(state, self.state.counters.step, error=str(error))
                 raise
             finally:
-                guardian.on_stall = lambda message: None
+                guardian.forget()
                 session.close()
                 self.saver.finish()
             self._tell_what_was_left_out(bar)
-            self.directory.write_status("finished", self.state.counters.step)
+            with suppress(OSError):
+                self.directory.write_status("finished", self.state.counters.step)
 
     def _tell_what_was_left_out(self, bar: ProgressBar) -> None:
         counters = self.state.counters
@@ -204,7 +205,8 @@ class Trainer:
             done = f"saved at step {step}"
         except UnstableError as trouble:
             done = f"step {step} is not saved, since {trouble.what}"
-        self.directory.write_status("interrupted", step, signal=str(signal))
+        with suppress(OSError):  # the disk may be full since
+            self.directory.write_status("interrupted", step, signal=str(signal))
         signal.is_said = True
         bar.say(f"{signal}: {done}; `sfumato resume {self.directory.root}` goes on from there")
 
@@ -428,7 +430,8 @@ class Trainer:
 
     @property
     def _micro_batch(self) -> int:
-        return self.state.counters.micro_batch or self.config.effective_micro_batch
+        size = self.config.effective_micro_batch
+        return min(size, self.state.counters.micro_batch or size)
 
     def _backward(self, batch: Batch, dtype: torch.dtype) -> SampleLosses:
         """Accumulate the gradient of the batch's mean loss, and return the losses.
