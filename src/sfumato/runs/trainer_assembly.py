@@ -69,13 +69,7 @@ def diffusion_trainer(
         if known is None
         else _preservation(run, known, prior, pipeline, directory),
     )
-    task.facts |= {
-        PARTS: base_parts(run, model.conditioner),
-        "autoencoder": autoencoder_files.identity(autoencoder)
-        if isinstance(autoencoder, LatentAutoencoder)
-        else "",
-        "latents": "computed" if dataset.latents is None else "stored",
-    }
+    task.facts |= _facts(run, model, autoencoder, dataset)
     search = CopySearch(
         dataset=dataset,
         sampling=run.sampling,
@@ -108,6 +102,17 @@ def diffusion_trainer(
         hooks=(*HOOKS, Looks(task.validator, search, directory, comparison)),
         writes_frozen=not run.has_base,
     )
+
+
+def _facts(run: Run, model: Model, autoencoder: Autoencoder, dataset: Dataset) -> dict[str, Any]:
+    """Return what a checkpoint says of the models around the trained one."""
+    return {
+        PARTS: base_parts(run, model.conditioner),
+        "autoencoder": autoencoder_files.identity(autoencoder)
+        if isinstance(autoencoder, LatentAutoencoder)
+        else "",
+        "latents": "computed" if dataset.latents is None else "stored",
+    }
 
 
 def _preservation(
