@@ -221,7 +221,7 @@ def test_with_one_image_held_out_copies_are_still_judged(
 ) -> None:
     opened = open_data
 
-    def few(settings: Run) -> Dataset:
+    def few(settings: Run, **options: object) -> Dataset:
         dataset = opened(settings)
         return replace(dataset, config=replace(dataset.config, holdout=1e-9))
 

@@ -451,7 +451,7 @@ def test_a_sidecar_without_captions_leaves_those_of_another(tmp_path: Path) -> N
 @pytest.mark.parametrize("suffix", [".parquet", ".tar"])
 def test_converted_data_have_the_same_annotations(root: Path, tmp_path: Path, suffix: str) -> None:
     (path,), rejects = convert(Folder(str(root)).listing(), tmp_path / f"out{suffix}")
-    assert rejects == []
+    assert [reject.part for reject in rejects] == [True]  # a doodle that is cut
     before = opened(root)
     after = index(
         DataConfig(source=source_at(str(path)), resolution=SIDE, cache="off"),

@@ -24,6 +24,7 @@ from sfumato.storage.atomic import commit
 
 ROWS, ROW_BYTES = 100, 256 << 20  # of a parquet row group: what one random access reads
 MAX_KEY_BYTES = 200  # leaves room for the endings
+WHOLE = ", so that its metadata cannot be left out"  # of a damaged file
 TEXTS = ("captions", "category", "attributes", "holdout")  # fields of an entry
 PackedSample = dict[str, Any]
 
@@ -162,10 +163,16 @@ def _pack(
                 if blob is not None:
                     data = _read(blob)
                     if name != "points" and not keep_metadata:
-                        data = _plain_image(data)
-                    if name != "points":
-                        data = _as_image(data)
-                    sample[name] = data
+                        try:
+                            data = without_metadata(data)
+                        except ValueError as error:
+                            if name == "image":
+                                raise OSError(f"{error}{WHOLE}") from None
+                            rejects.append(
+                                Reject(entry.name, f"its {name} {error}{WHOLE}", part=True)
+                            )
+                            continue
+                    sample[name] = data if name == "points" else _as_image(data)
         except OSError as error:
             rejects.append(Reject(entry.name, str(error)))
         else:
@@ -179,13 +186,6 @@ def _read(blob: Blob) -> bytes:
     if len(data) > MAX_BYTES:
         raise OSError(f"more than {MAX_BYTES >> 20} MiB")
     return data
-
-
-def _plain_image(data: bytes) -> bytes:
-    try:
-        return without_metadata(data)
-    except ValueError as error:
-        raise OSError(f"{error}, so that its metadata cannot be left out") from None
 
 
 def _as_image(data: bytes) -> bytes:
