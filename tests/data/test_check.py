@@ -2,6 +2,8 @@
 twice, and is safe to open.
 """
 
+import base64
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -625,3 +627,12 @@ def test_a_dim_set_is_measured_as_training_sees_it(tmp_path: Path) -> None:
     assert "low_information" not in found.issues
     assert found.rejects() == {}
     assert found.remarks[0].startswith("12-bit values: 0 is black and 4,095 white")
+
+
+def test_the_page_allows_its_own_script_by_its_hash_and_no_other(written: Path) -> None:
+    page = (written / "data_report.html").read_text(encoding="utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert len(scripts) == page.count("<script") == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page
+    assert not re.search(r"\son\w+=", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))
