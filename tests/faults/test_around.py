@@ -72,6 +72,21 @@ def test_sigusr1_saves_and_goes_on(pixel: Case) -> None:
     assert "SIGUSR1: step" in child.said()
 
 
+def test_sigusr1_before_there_is_anything_to_save_is_ignored(
+    pixel: Case, own_cache: Callable[[], Path], tmp_path: Path
+) -> None:
+    from sfumato.data import indexing
+
+    run, mark = pixel.lab.new("early"), tmp_path / "mark"
+    child = pixel.lab.start(
+        "train", pixel.recipe, "--run", run, patch=slow(indexing, "decode", 0.02, mark)
+    )
+    child.until(mark.exists)
+    child.send(signal.SIGUSR1)
+    assert child.wait() == 0, child.said()
+    assert fingerprint(run) == pixel.end
+
+
 def slow(
     module: Any,
     name: str,

@@ -35,6 +35,7 @@ from sfumato.cli.sweep import sweep
 from sfumato.cli.system_errors import in_words
 from sfumato.cli.train import resume, train
 from sfumato.errors import SfumatoError
+from sfumato.process.signals import ignore_save_requests
 from sfumato.process.streams import be_patient
 
 UNKNOWN = "\n  hint: run again with --debug and report it"
@@ -92,6 +93,7 @@ def main() -> None:
     keep_memory()
     exit_quickly()
     be_patient()
+    ignore_save_requests()
     debug = "--debug" in sys.argv
     if "--allow-hub" in sys.argv:
         os.environ["SFUMATO_ALLOW_HUB"] = "1"

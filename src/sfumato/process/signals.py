@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -88,6 +88,13 @@ def handled() -> Iterator[None]:
     finally:
         handler.restore()
         _active = None
+
+
+def ignore_save_requests() -> None:
+    """Let SIGUSR1 do nothing where there is nothing to save yet; by default it ends the process."""
+    if SAVE is not None:
+        with suppress(ValueError):  # not the main thread
+            signal.signal(SAVE, signal.SIG_IGN)
 
 
 def poll() -> None:
