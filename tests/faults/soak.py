@@ -130,6 +130,8 @@ def main() -> None:
         run, cache = place / f"run-{number}", place / f"cache-{number}"
         os.environ["SFUMATO_CACHE"] = str(cache)
         result = one(lab, recipe, run, cache, folder, done)
+        if result == "ended" and (run / "bad_samples.jsonl").exists():
+            result = "ended with images replaced, as listed"  # gone while the cache was damaged
         if result == "ended" and fingerprint(run) != end:
             result = "ended otherwise"
         if result == "ended" and leftovers(run, cache):
@@ -158,7 +160,7 @@ def one(lab: Lab, recipe: Path, run: Path, cache: Path, folder: Path, done: Coun
             strike(fault, child, run, cache, folder)
         if child.code == 0:
             return "ended"
-        if child.code not in (-9, 143, 2):
+        if child.code not in (-9, -15, 143, 2):  # -15: before there was anything to save
             return f"exit {child.code}: {child.said().strip().splitlines()[-2:]}"
         if child.code == 2:
             return f"refused: {child.said().strip().splitlines()[-2:]}"
