@@ -480,7 +480,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint(pixel: Case) -> None:
     shutil.copytree(pixel.lab.place / "alone", run)
     code, said = pixel.lab.call("resume", run, "--from", "3")
     assert code == 2
-    assert "there is no checkpoint of step 3" in said
+    assert "step 3 has no checkpoint" in said
     assert "there are 12, 16" in said
     code, said = pixel.lab.call("resume", run, "--from", "12")
     assert code == 0, said

@@ -118,7 +118,7 @@ def test_a_disk_that_cannot_rename_is_named(
     monkeypatch.setattr(checkup.os, "replace", refuse)
     checks = {check.what: check for check in checkup.check_run(pixel.lab.place / "alone")}
     assert checks["disk"].found == "cannot rename folders"
-    assert "train on a local one" in checks["disk"].remedy
+    assert "train on a local disk" in checks["disk"].remedy
 
 
 def test_what_is_no_run_is_said(pixel: Case, tmp_path: Path) -> None:

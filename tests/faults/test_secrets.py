@@ -184,7 +184,7 @@ def test_a_pickle_is_converted_only_if_it_is_trusted(pixel: Case, tmp_path: Path
     code, said = pixel.lab.call("convert-checkpoint", file, "--i-trust-this-file")
     assert code == 0, said
     assert load_file(tmp_path / "model.safetensors")["w"].tolist() == [0, 1, 2]
-    assert "left out, since they are no tensors: epoch, name" in said
+    assert "left out because they are not tensors: epoch, name" in said
     code, said = pixel.lab.call("convert-checkpoint", file, "--i-trust-this-file")
     assert code == 2
     assert "exists already" in said

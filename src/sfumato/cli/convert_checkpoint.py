@@ -41,5 +41,5 @@ def convert_checkpoint(
     left_out = safe_unpickle.convert(file, target, sha256=None).splitlines()
     if left_out:
         named = ", ".join(left_out[:8]) + (", ..." if len(left_out) > 8 else "")
-        typer.echo(f"left out, since they are no tensors: {named}", err=True)
+        typer.echo(f"left out because they are not tensors: {named}", err=True)
     typer.echo(target)

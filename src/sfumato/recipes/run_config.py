@@ -60,8 +60,8 @@ def _trusted(path: Path) -> dict[str, Any]:
     if pinned is None:
         if HEADER in text:
             raise ConfigError(
-                "is not as sfumato wrote it (hash), and there is no checkpoint that says what it "
-                "was",
+                "differs from what sfumato wrote (hash), and the run has no checkpoint to restore "
+                "it from",
                 where=str(file),
                 hint="give changes to `sfumato resume` or `sfumato train` as settings, or begin a "
                 "new run",

@@ -66,7 +66,10 @@ def require_leave(run: Path, settings: Run, *, data: bool) -> None:
 
 
 def _is_remote(key: str, place: str) -> bool:
-    """Return whether a place is fetched from the network: for an encoder, any name that is no path."""
+    """Return whether a place is fetched from the network.
+
+    The name of an encoder is, unless it is an existing path.
+    """
     if files.is_url(place) or place.startswith("hub:"):
         return True
     known = place in NAMES or place.startswith("package:") or os.path.exists(place)

@@ -244,7 +244,7 @@ def _file_system(directory: RunDirectory) -> Iterator[Check]:
         shutil.rmtree(place, ignore_errors=True)
     yield Check(
         "disk", not failed, f"cannot {', '.join(failed)}" if failed else f"can {', '.join(TESTS)}",
-        "a mounted object store is no disk: train on a local one, and copy the run" if failed else "",
+        "train on a local disk and copy the run: mounted object stores lack these operations" if failed else "",
     )  # fmt: skip
 
 

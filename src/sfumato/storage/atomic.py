@@ -20,7 +20,7 @@ from typing import BinaryIO
 from sfumato.platform import host_id, is_alive, sync
 
 ORPHAN = re.compile(r"\.tmp-.*-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}")
-OLD_S = 86_400  # after which what another machine began is no longer being written
+OLD_S = 86_400  # age at which a temporary file of another machine counts as abandoned
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def set_newer_aside(root: Path, *, step: int) -> list[Path]:
     found = {int(path.name[5:]): path for path in paths(root)}
     if step not in found:
         raise CheckpointError(
-            f"there is no checkpoint of step {step}",
+            f"step {step} has no checkpoint",
             where=str(root),
             hint=f"there are {', '.join(map(str, sorted(found))) or 'none'}; checkpoint.keep says "
             "how many are kept",
