@@ -151,6 +151,15 @@ def test_an_autoencoder_that_was_exchanged_is_refused(latent: Case, pixel: Case)
     assert "the autoencoder is not the one that this run was trained with" in said
 
 
+def killed_in_own_cache(case: Case) -> Path:
+    """Return a run that was killed after its checkpoint of step 4."""
+    run = case.lab.new("cached")
+    child = case.lab.start("train", case.recipe, "--run", run)
+    child.until(lambda: newest_step(run) >= 4)
+    child.kill()
+    return run
+
+
 def stored(cache: Path, kind: str) -> Path:
     (file,) = [path for path in cache.glob(f"{kind}/*/segment-*/*.bin") if "thumb" not in path.name]
     return file
@@ -160,10 +169,7 @@ def stored(cache: Path, kind: str) -> Path:
 def test_damaged_pixels_in_the_cache_are_decoded_again(
     pixel: Case, own_cache: Callable[[], Path], damage: str
 ) -> None:
-    run = pixel.lab.new("cached")
-    child = pixel.lab.start("train", pixel.recipe, "--run", run)
-    child.until(lambda: newest_step(run) >= 4)
-    child.kill()
+    run = killed_in_own_cache(pixel)
     file = stored(own_cache(), "pixels")
     if damage == "bit":
         flip(file, 0.4)
@@ -184,10 +190,7 @@ def newest_step(run: Path) -> int:
 def test_damaged_latents_in_the_cache_are_named_and_made_again(
     latent: Case, own_cache: Callable[[], Path], damage: str
 ) -> None:
-    run = latent.lab.new("cached")
-    child = latent.lab.start("train", latent.recipe, "--run", run)
-    child.until(lambda: newest_step(run) >= 4)
-    child.kill()
+    run = killed_in_own_cache(latent)
     file = stored(own_cache(), "latents")
     if damage == "bit":
         flip(file, 0.4)
