@@ -1,5 +1,5 @@
-"""A run, or a recipe, that a stranger made: whatever is in it gives one error with a hint, soon, and in
-little memory.
+"""A run, or a recipe, that a stranger made: whatever is in it gives one error with a hint, in little
+memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 import re
 import shutil
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,17 @@ from sfumato.recipes.run_config import HEADER
 from tests.faults.conftest import Case
 from tests.faults.injector import newest
 
-SECONDS, MIB = 5.0, 1024
+MIB = 1024
 
 
 def require_refused(case: Case, *arguments: object) -> str:
-    """Run a command, and require one message within its limits; return the message."""
+    """Run a command, and require one message, in little memory and without hanging; return it."""
     child = case.lab.start(*arguments, limit_mib=2 * MIB)
-    begun = time.monotonic()
-    code, said = child.wait(30), child.said()
+    code, said = child.wait(60), child.said()
     assert code == 2, f"exit {code}: {said[-800:]}"
     assert "Traceback" not in said
     assert "report it" not in said
     assert "hint: " in said
-    assert time.monotonic() - begun < SECONDS
     assert child.added_mib < MIB / 2  # the program itself takes the other half
     return said
 
