@@ -52,7 +52,7 @@ def batch_of(shapes: tuple[tuple[int, int], ...], size: int) -> Batch:
         ShapeGroup(first=number * each, images=torch.rand(each, 3, *shape) * 2 - 1, context={})
         for number, shape in enumerate(shapes)
     ]
-    return Batch(groups=parts)
+    return Batch(first=0, size=sum(map(len, parts)), groups=parts)
 
 
 def main() -> None:

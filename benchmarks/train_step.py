@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = our_trainer(asked.resolution, asked.batch, Path(folder), precision)
         device = trainer.device
-        batch = Batch(groups=[ShapeGroup(first=0, images=images, context={})])
+        batch = Batch(first=0, size=len(images), groups=[ShapeGroup(first=0, images=images, context={})])
         parameters = sum(p.numel() for p in trainer.state.model.parameters())
         peer_defaults = PeerTrainer(
             build_peer(PEER_PARAMETERS, asked.resolution, 8).to(device),

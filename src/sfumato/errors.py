@@ -98,6 +98,12 @@ class UnsavedError(SfumatoError):
     exit_code = 74  # EX_IOERR of sysexits.h
 
 
+class PeerError(SfumatoError):
+    """Another process of the same run that has ended, or failed; it says why."""
+
+    exit_code = 76  # EX_PROTOCOL of sysexits.h
+
+
 class OutputError(SfumatoError):
     """A file or folder that cannot be written to, or that holds what must not be replaced."""
 

@@ -1,7 +1,8 @@
 """The program `sfumato`: its commands, and what happens when something goes wrong.
 
 Exit codes: 0 done, 1 a bug in sfumato, 2 the user can fix it, 3 training diverged or a model's
-output is not finite, 74 the last checkpoint could not be written, 75 nothing moved any more; 129,
+output is not finite, 74 the last checkpoint could not be written, 75 nothing moved any more, 76 another process of the
+run has ended; 129,
 130 and 143 interrupted with a checkpoint or finished images saved.
 """
 
@@ -13,6 +14,7 @@ import ctypes
 import gc
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -34,7 +36,8 @@ from sfumato.cli.sample import sample
 from sfumato.cli.sweep import sweep
 from sfumato.cli.system_errors import in_words
 from sfumato.cli.train import resume, train
-from sfumato.errors import SfumatoError
+from sfumato.distributed import launch
+from sfumato.errors import PeerError, SfumatoError
 from sfumato.process.signals import ignore_save_requests
 from sfumato.process.streams import be_patient
 
@@ -100,6 +103,12 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument not in ("--debug", "--allow-hub")]
     try:
         explain_values(typer.main.get_command(app))()
+    except PeerError as error:  # that process says why
+        if debug:
+            raise
+        if not launch.is_forked():
+            _complain(f"error: {error}")
+        sys.exit(error.exit_code)
     except SfumatoError as error:
         if debug:
             raise
@@ -112,6 +121,8 @@ def main() -> None:
         if code is None:
             known = in_words(error)
             code = 1 if known is None else known.exit_code
+            if known is None and launch.is_forked():
+                traceback.print_exc()
             _complain(f"error: {known or f'{type(error).__name__}: {error}{UNKNOWN}'}")
         sys.exit(code)
 

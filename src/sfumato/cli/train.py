@@ -8,6 +8,17 @@ from typing import Annotated
 
 import typer
 
+from sfumato.distributed.launch import start_processes
+
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--procs",
+        metavar="N",
+        help="Train in N processes of this machine: one for each GPU, or each few cores. The result is "
+        "the same.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -33,6 +44,7 @@ def train(
             "and, after an interruption, resumes it.",
         ),
     ] = False,
+    procs: Processes = 1,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -55,6 +67,7 @@ def train(
         raise typer.BadParameter("--config and --json belong to --dry-run")
     early_checks.require(source, overrides or ())
     if not dry_run:
+        start_processes(procs)
         from sfumato import runs
 
         typer.echo(runs.train(source, overrides=overrides or (), run=run, resumes=resume))
@@ -87,8 +100,10 @@ def resume(
             "epoch of them begins.",
         ),
     ] = False,
+    procs: Processes = 1,
 ) -> None:
     """Resume a run from its latest checkpoint, bit for bit."""
+    start_processes(procs)
     from sfumato import runs
 
     typer.echo(

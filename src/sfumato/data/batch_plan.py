@@ -70,15 +70,24 @@ class BatchPlan:
         Raises:
             ConfigError: if the batch does not divide evenly.
         """
-        if self.batch_size % ranks:
-            legal = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-            raise ConfigError(
-                f"a batch of {self.batch_size} over {ranks} processes",
-                where="batch_size",
-                hint=f"use one of {legal} processes",
-            )
-        share = self.batch_size // ranks
+        share = share_of(self.batch_size, ranks)
         return self.samples(step * self.batch_size + rank * share, share)
+
+
+def share_of(batch_size: int, ranks: int) -> int:
+    """Return how many images of a batch each of several processes trains on.
+
+    Raises:
+        ConfigError: if they do not divide evenly.
+    """
+    if batch_size % ranks:
+        legal = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+        raise ConfigError(
+            f"a batch of {batch_size} images cannot be shared evenly by {ranks} processes",
+            where="batch_size",
+            hint=f"use one of {legal} processes, or another batch_size",
+        )
+    return batch_size // ranks
 
 
 @lru_cache(maxsize=4)

@@ -54,11 +54,17 @@ class ShapeGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The input of a training step: groups of one shape each, and the images that could not be read
-    and were replaced.
+    """The input of a training step, or the share of it that one of several processes trains on:
+    groups of one shape each, and the images that could not be read and were replaced.
+
+    Attributes:
+        first: number of the first sample of the step, of all processes.
+        size: the number of its samples, of all processes.
     """
 
     groups: Sequence[ShapeGroup]
+    first: int
+    size: int
     bad: Sequence[Reject] = ()
 
     def __len__(self) -> int:
@@ -71,14 +77,16 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 class _Batches(TorchDataset[Batch]):
-    """The batches of the plan by step, as a worker process computes them."""
+    """The share of one of several processes in the batches of the plan by step, as a worker process
+    computes it.
+    """
 
-    def __init__(self, dataset: Dataset, plan: BatchPlan) -> None:
-        self.dataset, self.plan = dataset, plan
+    def __init__(self, dataset: Dataset, plan: BatchPlan, rank: int, ranks: int) -> None:
+        self.dataset, self.plan, self.rank, self.ranks = dataset, plan, rank, ranks
 
     def __getitem__(self, step: int) -> Batch:
-        positions = self.dataset.epoch[self.plan.batch(step)]
-        first = step * self.plan.batch_size
+        positions = self.dataset.epoch[self.plan.batch(step, rank=self.rank, ranks=self.ranks)]
+        first = step * self.plan.batch_size + self.rank * len(positions)
         groups: list[ShapeGroup] = []
         bad: list[Reject] = []
         read = self._images if self.dataset.latents is None else self._latents
@@ -102,7 +110,12 @@ class _Batches(TorchDataset[Batch]):
                 )
             )
             bad += samples.bad
-        return Batch(groups=groups, bad=bad)
+        return Batch(
+            groups=groups,
+            first=step * self.plan.batch_size,
+            size=self.plan.batch_size,
+            bad=bad,
+        )
 
     def _images(self, positions: NDArray[np.int64], first: int) -> _Samples:
         """Read pixels, to be augmented in a new way each time they are seen."""
@@ -163,8 +176,11 @@ def _runs_of_one_shape(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]:
-    """Return an iterator of training batches `start`, `start + 1`, ... without end.
+def batches(
+    dataset: Dataset, plan: BatchPlan, *, start: int, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
+    """Return an iterator of one process's share of the training batches `start`, `start + 1`, ...
+    without end.
 
     They are the same for any number of workers. Where processes read ahead, `next` raises a
     RuntimeError "timed out" after TIMEOUT_S without a batch, and may be called again.
@@ -174,7 +190,7 @@ def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]
     )
     workers = 0 if ready else dataset.config.workers
     loader: DataLoader[Batch] = DataLoader(
-        _Batches(dataset, plan),
+        _Batches(dataset, plan, rank, ranks),
         batch_size=None,
         sampler=_CountFrom(start),
         num_workers=workers,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sfumato.data import Dataset
 from sfumato.data.copies import CopyIndex
+from sfumato.distributed import seconds
 from sfumato.evaluation.extractors import extractor, pooled
 from sfumato.evaluation.fidelity import choose_reference
 from sfumato.evaluation.memorization import CopyMeter
@@ -41,9 +41,9 @@ class SampleMeter:
             index: the training images.
             left_s: seconds that the features may take.
         """
-        begun, images = time.perf_counter(), images * 2 - 1
+        begun, images = seconds(), images * 2 - 1
         figures = CopyMeter(index).distances(images)
-        if left_s > self._features_s(len(images)) + time.perf_counter() - begun:
+        if left_s > self._features_s(len(images)) + seconds() - begun:
             figures |= self._quality.measure(images).figures()
         return {
             name: figure.plain() for name, figure in sorted(figures.items()) if figure is not None
@@ -67,9 +67,9 @@ class SampleMeter:
         """About how many seconds the features of an image take."""
         images = torch.zeros(TIMED, *self.dataset.image_shape)
         pooled(self._network, images[:1])
-        begun = time.perf_counter()
+        begun = seconds()
         pooled(self._network, images)
-        return (time.perf_counter() - begun) / TIMED
+        return (seconds() - begun) / TIMED
 
     def _features_s(self, count: int) -> float:
         """Return about how many seconds the features of samples take, and those of real images."""

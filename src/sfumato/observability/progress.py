@@ -13,6 +13,7 @@ from typing import Self, TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from sfumato.distributed import current
 from sfumato.process.signals import poll
 from sfumato.process.streams import PatientStream
 
@@ -26,8 +27,13 @@ MEMORY_S = 60.0  # of work, over which its speed is averaged
 
 
 def console() -> Console:
-    """Return a console on standard error, so that standard output stays free for results."""
-    return Console(file=cast(TextIO, _patient()), highlight=False, soft_wrap=True)
+    """Return a console on standard error, so that standard output stays free for results.
+
+    Of several processes, only the first one's prints.
+    """
+    return Console(
+        file=cast(TextIO, _patient()), highlight=False, soft_wrap=True, quiet=not current().is_first
+    )
 
 
 def _patient() -> PatientStream:

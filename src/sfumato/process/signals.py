@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -41,6 +41,7 @@ class _Handler:
     def __init__(self) -> None:
         self.number: int | None = None
         self.save = False
+        self.agree: Callable[[int], int] | None = None
         self._at = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -97,16 +98,53 @@ def ignore_save_requests() -> None:
             signal.signal(SAVE, signal.SIG_IGN)
 
 
-def poll() -> None:
-    """Say that the work goes on, and raise Interrupted if a signal has asked it to stop."""
+@contextmanager
+def agreed_by(agree: Callable[[int], int] | None) -> Iterator[None]:
+    """Let several processes stop at the same place: they all call `poll` equally often.
+
+    Args:
+        agree: returns the largest of the numbers that the processes call it with: those of their
+            signals, 0 without one. None where this process stops alone.
+    """
+    handler = _active
+    if handler is None or agree is None:
+        yield
+        return
+    before, handler.agree = handler.agree, agree
+    try:
+        yield
+    finally:
+        handler.agree = before
+
+
+def received() -> int:
+    """Return the number of the signal that has asked this process to stop; 0 without one."""
+    return 0 if _active is None else _active.number or 0
+
+
+def obey(number: int) -> None:
+    """Say that the work goes on, and raise Interrupted if the processes have agreed on a signal."""
     watchdog.beat()
-    raise_if_requested()
+    if number:
+        raise Interrupted(number)
+
+
+def poll() -> None:
+    """Say that the work goes on, and raise Interrupted if a signal has asked it to stop, here or in
+    a process that this one has agreed to stop with.
+    """
+    agree = None if _active is None else _active.agree
+    obey(received() if agree is None else agree(received()))
 
 
 def raise_if_requested() -> None:
-    """Raise Interrupted if a signal has asked the process to stop; says nothing to the watchdog."""
-    if _active is not None and _active.number is not None:
-        raise Interrupted(_active.number)
+    """Raise Interrupted if a signal has asked the process to stop; says nothing to the watchdog.
+
+    A process that stops together with others only does so where they agree.
+    """
+    if _active is not None and _active.agree is None:
+        if number := received():
+            raise Interrupted(number)
 
 
 def is_stop_requested() -> bool:

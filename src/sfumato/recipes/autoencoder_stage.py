@@ -37,6 +37,7 @@ from sfumato.config.bounds import Count
 from sfumato.data import Dataset, PrecomputedLatents, to_float
 from sfumato.data.choice import choose_evenly
 from sfumato.data.files import cache_folder
+from sfumato.distributed import current
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.evaluation.distances import FEWEST, frechet_distance
 from sfumato.evaluation.extractors import extractor
@@ -183,7 +184,7 @@ class TrainedAutoencoder(TrainingConfig):
         Finished parts are not repeated.
         """
         final = directory.path / FOLDER / FINAL
-        autoencoder = _intact(final)
+        autoencoder = current().in_turn(partial(_intact, final))
         if autoencoder is None:
             self._train(dataset, directory.stage(FOLDER), final)
             autoencoder = autoencoder_files.load(final)
@@ -272,6 +273,10 @@ class TrainedAutoencoder(TrainingConfig):
                 say(f"warning: {warning}", markup=False)
         if not (trainer.finished and stage.status().get("state") == "finished"):
             trainer.run()
+        current().on_first(partial(self._finish, trainer, dataset, final))
+
+    def _finish(self, trainer: Trainer, dataset: Dataset, final: Path) -> None:
+        """Measure and save the trained autoencoder."""
         codec = cast(Reconstructor, trainer.state.average).codec
         statistics = _measure_latents(codec, dataset)
         figures = trainer.validate()
@@ -297,7 +302,7 @@ class TrainedAutoencoder(TrainingConfig):
             if "rfd" in facts
             else ""
         )
-        say(
+        console().print(
             f"autoencoder: {trainer.task.summary(figures)}{distance}; {_describe_latents(statistics)}",
             markup=False,
         )
@@ -366,6 +371,11 @@ class PretrainedAutoencoder:
         The copy has the statistics of the run's own latents, unless `statistics` is `own`.
         """
         final = directory.path / FOLDER / FINAL
+        copy = current().in_turn(partial(self._copy, final, dataset))
+        return _encode(copy, dataset, self.augmented_copies, directory, pixels=pixels)
+
+    def _copy(self, final: Path, dataset: Dataset) -> LatentAutoencoder:
+        """Return the run's copy of the autoencoder, and make it if it is missing."""
         if (copy := _intact(final)) is None:
             autoencoder = autoencoder_files.load(self.path, self.decoder, variant=self.variant).to(
                 default_device()
@@ -387,7 +397,7 @@ class PretrainedAutoencoder:
             final.parent.mkdir(parents=True, exist_ok=True)
             autoencoder_files.save(autoencoder, final, facts, manifest=True)
             copy = autoencoder_files.load(final)
-        return _encode(copy, dataset, self.augmented_copies, directory, pixels=pixels)
+        return copy
 
 
 AutoencoderConfig = PixelsConfig | TrainedAutoencoder | PretrainedAutoencoder
@@ -522,7 +532,7 @@ def _encode(
 ) -> tuple[Autoencoder, Dataset]:
     """Return the autoencoder on its device, and the dataset with its latents if there is room."""
     autoencoder = autoencoder.to(default_device())
-    if not _stores_latents(autoencoder, dataset, variants, directory):
+    if not current().on_first(lambda: _stores_latents(autoencoder, dataset, variants, directory)):
         console().print(
             "latents are computed again for every batch: there is no room to store them, or "
             "data.cache is off",

@@ -32,6 +32,8 @@ SHOWN = 8  # differing settings that a warning lists
 
 def write_run_config(directory: RunDirectory, plain: dict[str, Any]) -> None:
     """Replace config.yaml, with a hash of what it says; secrets in addresses are left out."""
+    if not directory.writes:
+        return
     body = configuration.dump_yaml(without_secrets(plain))
     text = f"{HEADER}{_digest(body)}\n{body}"
     write_text(directory.config, text, durable=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.data import Dataset
+from sfumato.data.batch_plan import share_of
+from sfumato.distributed import current, joined
 from sfumato.errors import RunError, redact_secrets, without_secrets
 from sfumato.observability.progress import console
 from sfumato.process.signals import Interrupted, handled
@@ -86,8 +88,10 @@ def _with_address(source: str | Path | Run, overrides: Overrides) -> Overrides:
 
 @contextmanager
 def _supervised() -> Iterator[None]:
-    """Handle signals and hangs, also while data are read and images encoded."""
-    with handled(), watching(PREPARING_STALL_MINUTES):
+    """Join other processes, and handle signals and hangs, also while data are read and images
+    encoded.
+    """
+    with handled(), watching(PREPARING_STALL_MINUTES), joined():
         try:
             yield
         except Interrupted as signal:
@@ -100,12 +104,14 @@ def _supervised() -> Iterator[None]:
 
 
 def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | None) -> Path:
-    settings = with_absolute_paths(chosen.run)
+    settings, world = with_absolute_paths(chosen.run), current()
+    share_of(settings.batch_size, world.size)
     if run is None:
         RunDirectory.require_free(_unused_path(Path("runs") / safe_name(settings.name)))
     for line in chosen.notes:
         console().print(line, markup=False)
-    prepared = prepare(settings, listing=chosen.listing_of(settings))
+    listing = chosen.listing_of(settings)
+    prepared = world.in_turn(lambda: prepare(settings, listing=listing))
     if chosen.choice is not None:
         lines = [
             *chosen.reasons,
@@ -113,15 +119,19 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
             f"for a data report: sfumato data check {source}",
         ]
         console().print("\n".join(lines), markup=False)
-    directory = RunDirectory.create(
-        Path(run) if run is not None else _unused_path(Path("runs") / safe_name(settings.name))
+    place = world.on_first(
+        lambda: str(
+            run if run is not None else _unused_path(Path("runs") / safe_name(settings.name))
+        )
     )
+    directory = RunDirectory.create(Path(place))
     with directory.locked():
         directory.write_status("preparing", 0)
         _write_description(prepared, directory)
         dataset, seconds = _run_to_the_end(build_trainer(prepared, directory))
-        sweep_after_training(directory.path, prepared.run, dataset, seconds=seconds)
-    _report(directory.path)
+        if directory.writes:
+            sweep_after_training(directory.path, prepared.run, dataset, seconds=seconds)
+    _report(directory)
     return directory.path
 
 
@@ -192,7 +202,9 @@ def resume(
     directory.require_trainable()
     with _supervised(), directory.locked():
         if step is not None:
-            for aside in checkpoint.set_newer_aside(directory.checkpoints, step=step):
+            for aside in current().on_first(
+                lambda: list(map(str, checkpoint.set_newer_aside(directory.checkpoints, step=step)))
+            ):
                 console().print(f"set aside: {aside}", markup=False)
         trainer = _restore_trainer(directory, overrides, accepts_data=accepts_data)
         reached = trainer.state.counters.step
@@ -206,8 +218,9 @@ def resume(
         console().print(f"resuming at step {reached}")
         dataset, seconds = _run_to_the_end(trainer)
         del trainer  # its memory is needed again
-        sweep_after_training(directory.path, resolve(path), dataset, seconds=seconds)
-    _report(directory.path)
+        if directory.writes:
+            sweep_after_training(directory.path, resolve(path), dataset, seconds=seconds)
+    _report(directory)
     return directory.path
 
 
@@ -217,10 +230,12 @@ def _run_to_the_end(trainer: Trainer) -> tuple[Dataset, float]:
     return trainer.dataset, trainer.state.counters.seconds
 
 
-def _report(path: Path) -> None:
+def _report(directory: RunDirectory) -> None:
     """Write the report of a run; without a place for it, only a warning is printed."""
+    if not directory.writes:
+        return
     try:
-        console().print(f"report: {write_report(path)}", markup=False)
+        console().print(f"report: {write_report(directory.path)}", markup=False)
     except (OSError, RunError) as error:
         console().print(f"warning: the report could not be written: {error}", markup=False)
 
@@ -240,7 +255,8 @@ def _restore_trainer(
         screen.print(f"changed on resume: {line}", markup=False)
     require_leave(directory.path, settings, data=True)
     begins = not directory.has_begun()
-    prepared = prepare(settings, directory=directory.path, begins=begins)
+    share_of(settings.batch_size, current().size)
+    prepared = current().in_turn(lambda: prepare(settings, directory=directory.path, begins=begins))
     if begins:
         with directory.unchanged_if_refused():
             _write_description(prepared, directory)

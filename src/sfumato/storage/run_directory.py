@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sfumato.distributed import current
 from sfumato.errors import CheckpointError, ConfigError, RunError, without_secrets
 from sfumato.foreign_models import refuse_diffusers
 from sfumato.platform import HAS_FILE_LOCKS, lock_file
@@ -32,7 +34,11 @@ _held: set[Path] = set()  # runs that this process trains: its own lock does not
 
 
 class RunDirectory:
-    """The paths and small JSON files of one run."""
+    """The paths and small JSON files of one run.
+
+    Attributes:
+        writes: whether this process writes files here: the first one of those that train together.
+    """
 
     def __init__(self, path: Path, *, root: Path | None = None) -> None:
         """Set the paths; `root` is the run that this is a stage of, by default the run itself."""
@@ -49,6 +55,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.looks = path / "looks.jsonl"
         self.sweep = path / "sweep.json"
+        self.writes = current().is_first
         self._last_heartbeat = 0.0
         self._remarks: dict[str, Any] = {}
 
@@ -81,6 +88,11 @@ class RunDirectory:
         Raises:
             RunError: if there is a run already, or the folder cannot be written to.
         """
+        current().on_first(partial(cls._make, path))
+        return cls(path)
+
+    @classmethod
+    def _make(cls, path: Path) -> None:
         cls.require_free(path)
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -91,7 +103,6 @@ class RunDirectory:
                 where=str(path),
                 hint="choose a folder you may write to with --run",
             ) from None
-        return cls(path)
 
     @classmethod
     def existing(cls, path: Path) -> RunDirectory:
@@ -134,6 +145,9 @@ class RunDirectory:
                 hint="train on Linux or macOS, on Windows inside WSL; sampling works here",
             )
         place = self.path.resolve()
+        if not self.writes:
+            yield
+            return
         with contextlib.ExitStack() as stack:
             if self.is_held_here():  # to open and close its lock again would give it up
                 raise RunError(
@@ -217,7 +231,7 @@ class RunDirectory:
         before = {
             path: path.read_bytes()
             for path in map(self.path.joinpath, DESCRIPTION_FILES)
-            if path.is_file()
+            if self.writes and path.is_file()
         }
         try:
             yield
@@ -240,8 +254,10 @@ class RunDirectory:
 
     def write_json(self, name: str, data: Mapping[str, Any], *, durable: bool = True) -> None:
         """Replace a JSON file of the run atomically, without secrets; for `durable`, see
-        `atomic_path`.
+        `atomic_path`. Only the first of several processes does so.
         """
+        if not self.writes:
+            return
         text = json.dumps(without_secrets(data), indent=1, ensure_ascii=False)
         write_text(self.path / name, text, durable=durable)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from sfumato.distributed import current
 from sfumato.nn.accelerable import Accelerable
 from sfumato.nn.compiling import NEEDED, can_compile, compile_in_place
 from sfumato.training import precision
@@ -30,7 +31,9 @@ def resolve_precision(
 ) -> None:
     """Choose the precision if it is `auto`, and prepare the network for it."""
     if config.precision == "auto" and counters.precision == "auto":
-        counters.precision, line = precision.choose(network, _device(network))
+        counters.precision, line = current().on_first(
+            lambda: precision.choose(network, _device(network))
+        )
         say(line)
     precision.prepare(network, precision_of(config, counters))
 
@@ -85,8 +88,9 @@ def _pays(
     after_s = GPU_AFTER_S if on_gpu else network.compile_after_s
     if math.isinf(after_s):
         return False
-    counters.pass_s = counters.pass_s or _timed(
-        trial(), precision.DTYPES[precision_of(config, counters)], _device(network)
+    dtype = precision.DTYPES[precision_of(config, counters)]
+    counters.pass_s = counters.pass_s or current().on_first(
+        lambda: _timed(trial(), dtype, _device(network))
     )
     steps = config.budget.steps_of(counters.pass_s, batch_size=config.batch_size, images=images)
     return counters.pass_s * steps > after_s

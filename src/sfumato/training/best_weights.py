@@ -47,11 +47,14 @@ def keep_best(trainer: Trainer, directory: RunDirectory, *, also: Collection[int
     Args:
         also: steps whose weights are not removed.
     """
+    weights = trainer.state.trained(trainer.state.average)
+    if not directory.writes:
+        return
     before = {step_of(path): path for path in directory.best.glob("step-*.safetensors")}
     written = checkpoint.save_snapshot(
         directory.best,
         step=trainer.state.counters.step,
-        weights=trainer.state.trained(trainer.state.average),
+        weights=weights,
     )
     for step, path in before.items():
         if path != written and step not in also:

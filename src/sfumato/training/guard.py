@@ -12,6 +12,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import DivergedError
@@ -90,8 +91,10 @@ class Incident:
         """Write the incident to the run's folder `incidents`; return the file."""
         counters = trainer.state.counters
         folder = trainer.directory.path / "incidents"
-        folder.mkdir(exist_ok=True)
         file = folder / f"step-{counters.step:09d}.json"
+        if not trainer.directory.writes:
+            return file
+        folder.mkdir(exist_ok=True)
         content = {
             "reason": self.reason,
             "first_step": self.first,
@@ -178,7 +181,7 @@ def go_back(trainer: Trainer, trouble: UnstableError, session: Session) -> None:
     """
     counters, directory = trainer.state.counters, trainer.directory
     trainer.saver.finish()
-    sound = checkpoint.set_diverged_aside(directory.checkpoints)
+    sound = trainer.world.on_first(partial(checkpoint.set_diverged_aside, directory.checkpoints))
     gives_up = sound is None or counters.rollbacks >= MAX_ROLLBACKS
     first, last = max(trouble.first, sound or 0), counters.step - 1
     incident = Incident(
@@ -194,12 +197,14 @@ def go_back(trainer: Trainer, trouble: UnstableError, session: Session) -> None:
         file = f"not written: {error}"
     if gives_up:
         raise _given_up(trainer, trouble, sound, file)
-    loaded, warnings = checkpoint.load_newest(directory.checkpoints)
+    loaded, warnings = trainer.world.in_turn(partial(checkpoint.load_newest, directory.checkpoints))
     for line in warnings:
         session.bar.say(f"warning: {line}")
     trainer.state.restore(loaded.tensors, loaded.counters)
     trainer.state.counters.record_rollback(counters, first, last)
-    post_hoc_ema.forget(directory.averages, after=trainer.state.counters.step)
+    trainer.world.on_first(
+        partial(post_hoc_ema.forget, directory.averages, after=trainer.state.counters.step)
+    )
     for hook in trainer.hooks:
         hook.go_back(trainer)
     session.go_back(trainer.state.counters.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from sfumato.data.array_cache import ArrayCache, RowReader, Writer
 from sfumato.data.augment import augment
 from sfumato.data.indexing import DECODER
 from sfumato.data.loader import variant_draws
+from sfumato.distributed import current
 from sfumato.errors import DataError
 
 # images encoded together; fixed, since rounding depends on it and a resumed run must get the same
@@ -53,7 +54,35 @@ def with_latents(
     cache = ArrayCache.open(
         "latents", f"decoder {DECODER} {identity} {dataset.pixel_format!r} {config.augment!r}"
     )
-    chunks = list(_chunks(dataset, count))
+    world = current()
+    chunks = world.share(list(_chunks(dataset, count)))
+    world.together(lambda: _fill(cache, dataset, autoencoder, chunks, on_progress))
+    if world.size > 1:  # what the others have encoded
+        cache = ArrayCache.at(cache.folder)
+    places = [
+        cache.records[_key(dataset, position, variant)].arrays["moments"]
+        for position in dataset.training
+        for variant in range(count)
+    ]
+    return replace(
+        dataset,
+        latents=PrecomputedLatents(
+            read_rows=RowReader(cache, places),
+            numbers=dataset.training_numbers,
+            variants=count,
+            pixels=pixels,
+        ),
+    )
+
+
+def _fill(
+    cache: ArrayCache,
+    dataset: Dataset,
+    autoencoder: LatentAutoencoder,
+    chunks: Sequence[list[tuple[int, int]]],
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    """Encode the chunks that are not in the cache yet."""
     writer, begun = Writer(cache), time.monotonic()
     try:
         for number, chunk in enumerate(chunks):
@@ -72,20 +101,6 @@ def with_latents(
                 on_progress(number + 1, len(chunks))
     finally:
         writer.commit()
-    places = [
-        cache.records[_key(dataset, position, variant)].arrays["moments"]
-        for position in dataset.training
-        for variant in range(count)
-    ]
-    return replace(
-        dataset,
-        latents=PrecomputedLatents(
-            read_rows=RowReader(cache, places),
-            numbers=dataset.training_numbers,
-            variants=count,
-            pixels=pixels,
-        ),
-    )
 
 
 def _key(dataset: Dataset, position: int, variant: int) -> str:

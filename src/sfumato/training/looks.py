@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
+from sfumato.distributed import current, seconds
 from sfumato.generation.diffusion_model import Model
 from sfumato.observability.metrics_file import MetricsFile, read_lines
 from sfumato.storage import checkpoint
@@ -69,7 +70,7 @@ class Looks(Hook):
     def looks(self, trainer: Trainer) -> list[Look]:
         """Return the looks up to the step that the trainer has reached."""
         if self._looks is None:
-            lines = read_lines(self.directory.looks)
+            lines = current().on_first(partial(read_lines, self.directory.looks))
             step = trainer.state.counters.step
             self._looks = [Look.read(line) for line in lines if line["step"] <= step]
             self._state = verdict(self._looks).state if self._looks else None
@@ -112,21 +113,25 @@ class Looks(Hook):
 
     def run(self, trainer: Trainer, session: Session) -> None:
         """Look, write what was found, and print the verdict where its state has changed."""
-        counters, looks, begun = trainer.state.counters, self.looks(trainer), time.perf_counter()
+        counters, looks, begun = trainer.state.counters, self.looks(trainer), seconds()
         average = cast(Model, trainer.state.average)
         before = self._state
         with trainer.timetable.recording(self.name):
             with trainer.uncompiled():
                 looks.append(self._look(trainer, average, session))
             looks[-1] = self._with_samples(looks[-1], trainer, looks[:-1])
-            with MetricsFile(self.directory.looks, after_step=counters.step - 1) as file:
-                file.write(looks[-1].plain())
+            self._write(looks[-1])
             found = verdict(looks)
             self._state = found.state
             if best(looks) is looks[-1]:
                 self._keep(trainer, looks)
-        counters.looks_s += time.perf_counter() - begun
+        counters.looks_s += seconds() - begun
         self._announce(found, trainer, session, changed=found.state != before)
+
+    def _write(self, look: Look) -> None:
+        if self.directory.writes:
+            with MetricsFile(self.directory.looks, after_step=look.step - 1) as file:
+                file.write(look.plain())
 
     def _look(self, trainer: Trainer, average: Model, session: Session) -> Look:
         """Measure errors, and what the base of a fine-tuning says to them."""
@@ -181,10 +186,10 @@ class Looks(Hook):
         num = next((number for number in numbers if sample_s * number <= left_s), 0)
         if not num or trainer.views < needed:
             return look
-        begun = time.perf_counter()
+        begun = seconds()
         images = self.search.images(cast(Model, trainer.state.average), num)
         copies = self.search.copies(images)
-        taken_s = time.perf_counter() - begun
+        taken_s = seconds() - begun
         self._sample_s = taken_s / num
         figures = self.search.figures(images, left_s=min(left_s, spare_s) - taken_s)
         return replace(look, copies=copies, samples=figures)
@@ -207,8 +212,9 @@ class Looks(Hook):
         self, found: StoppingVerdict, trainer: Trainer, session: Session, *, changed: bool
     ) -> None:
         plain = {"step": found.step, **found.plain()}
-        self.directory.verdict.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.directory.verdict, json.dumps(plain, indent=1))
+        if self.directory.writes:
+            self.directory.verdict.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.directory.verdict, json.dumps(plain, indent=1))
         self.directory.remark(verdict=plain)
         session.bar.label(found.state)
         figures = [] if found.base is None else found.base.figures()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, enumerate_values
 from sfumato.data import Dataset, to_float
 from sfumato.diffusion import EmpiricalDenoiser, LinearDenoiser, Schedule
+from sfumato.distributed import seconds
 from sfumato.errors import DataError
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
@@ -176,9 +176,9 @@ class Validator:
         """Return about how many seconds a prediction of the network takes."""
         few = self._look_sets[1].first(TIMED)
         self._errors(model, few)
-        begun = time.perf_counter()
+        begun = seconds()
         self._errors(model, few)
-        return (time.perf_counter() - begun) / len(few.triples)
+        return (seconds() - begun) / len(few.triples)
 
     def _errors(self, model: Model, chosen: TripleSet) -> Errors:
         model.eval()
@@ -271,7 +271,7 @@ class Previewer:
         categories = len(dataset.categories)
         self.columns = categories if reads and enumerable and 2 <= categories <= 12 else None
         path = directory.samples / "real.png"
-        if not path.exists():
+        if directory.writes and not path.exists():
             save_png(grid_image((images + 1) / 2, columns=self.columns, alpha=info.alpha), path)
 
     def show(self, average: Model, step: int, on_step: Callable[[StepInfo], None]) -> None:
@@ -285,6 +285,8 @@ class Previewer:
         )
         request = ResolvedRequest.of(self.context, self.image_shape, self.num)
         images = pipeline.sample_request(request, seed=self.seed, on_step=on_step)
+        if not self.directory.writes:
+            return
         folder = self.directory.samples / f"step-{step:09d}"
         settings = {
             "step": step,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -57,7 +56,14 @@ class RunSaver:
             UnstableError: if the weights or their average are not finite; then nothing is saved.
         """
         self._retry_at = math.inf
-        self._attempt(bar, partial(self._background.begin, self._writer(), self._finite_tensors()))
+        tensors = self._finite_tensors()
+        if self._writes:
+            self._attempt(bar, lambda: self._background.begin(self._writer(), tensors))
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.trainer.directory.writes
 
     def has_failed(self, bar: ProgressBar) -> bool:
         """Say if the last checkpoint could not be written, and whether it is time to try again."""
@@ -83,8 +89,22 @@ class RunSaver:
             CheckpointError: if it could not be written.
             UnstableError: if the weights or their average are not finite.
         """
+        if (error := self._try_now()) is not None:
+            raise CheckpointError(error)
+
+    def _try_now(self) -> str | None:
+        """Save a checkpoint, and wait for it; return what went wrong, the same in all processes."""
         self.finish()
-        self._writer()(self._finite_tensors())
+        tensors = self._finite_tensors()
+
+        def write() -> str | None:
+            try:
+                self._writer()(tensors)
+            except (CheckpointError, OSError) as error:
+                return str(error)
+            return None
+
+        return self.trainer.world.on_first(write)
 
     def disk_bytes(self) -> int:
         """Return the bytes that checkpoints still to be written need, and a little for other files.
@@ -110,13 +130,15 @@ class RunSaver:
         )
         return result
 
-    def save_snapshot(self) -> Path:
+    def save_snapshot(self) -> None:
         """Save the averaged weights of this step to a file that is never removed."""
-        return checkpoint.save_snapshot(
-            self.trainer.directory.snapshots,
-            step=self.trainer.state.counters.step,
-            weights=self.trainer.state.trained(self.trainer.state.average),
-        )
+        weights = self.trainer.state.trained(self.trainer.state.average)
+        if self._writes:
+            checkpoint.save_snapshot(
+                self.trainer.directory.snapshots,
+                step=self.trainer.state.counters.step,
+                weights=weights,
+            )
 
     def save_averages(self) -> None:
         """Save the tracked averages if the next of the equal parts of the budget is over.
@@ -138,13 +160,11 @@ class RunSaver:
                 self.trainer.directory.averages / average_name(profile),
                 {post_hoc_ema.UPDATES: str(counters.updates)},
             )
+            weights = self.trainer.state.trained(average)
+            if not self._writes:
+                continue
             try:
-                checkpoint.save_snapshot(
-                    place,
-                    step=counters.step,
-                    weights=self.trainer.state.trained(average),
-                    facts=facts,
-                )
+                checkpoint.save_snapshot(place, step=counters.step, weights=weights, facts=facts)
             except CheckpointError as error:
                 failed.append(error)
         if failed:
@@ -168,23 +188,22 @@ class RunSaver:
             UnsavedError: if that fails to the end.
         """
         for wait_s in (*waits_s, None):
-            try:
-                self.save_now()
+            if (error := self._try_now()) is None:
                 return
-            except (CheckpointError, OSError) as error:
-                if wait_s is None or (waits_s is LAST_WAITS_S and signals.is_stop_requested()):
-                    raise self._unsaved(error) from None
-                bar.say(
-                    f"warning: the last checkpoint could not be saved ({error}); trying again in "
-                    f"{wait_s:g} s"
-                )
-                _pause(wait_s)
+            asked = self.trainer.world.on_first(signals.is_stop_requested)
+            if wait_s is None or (waits_s is LAST_WAITS_S and asked):
+                raise self._unsaved(error)
+            bar.say(
+                f"warning: the last checkpoint could not be saved ({error}); trying again in "
+                f"{wait_s:g} s"
+            )
+            _pause(wait_s)
 
-    def _unsaved(self, error: Exception) -> UnsavedError:
+    def _unsaved(self, error: str) -> UnsavedError:
         newest = next(iter(checkpoint.paths(self.trainer.directory.checkpoints)), None)
         step = self.trainer.state.counters.step
         with suppress(OSError):
-            self.trainer.directory.write_status("unsaved", step, error=str(error))
+            self.trainer.directory.write_status("unsaved", step, error=error)
         return UnsavedError(
             f"step {step} could not be saved, and is lost; the newest checkpoint is "
             f"{'missing' if newest is None else newest.name}: {error}",

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from sfumato.data import Batch, BatchPlan, Dataset, batches
+from sfumato.distributed import World
 from sfumato.errors import DataError
-from sfumato.process.signals import poll, raise_if_requested
+from sfumato.process.signals import raise_if_requested
 
 MAX_RESTARTS = 3  # of the processes that read ahead, within FORGIVEN batches
 FORGIVEN = 1000
@@ -15,15 +16,22 @@ REAP_S = 0.05
 
 
 class Supply:
-    """An iterator of batches from a step on; readers that have died are started again.
+    """An iterator of this process's share of the batches from a step on; readers that have died are
+    started again.
 
     Batches are a function of their step, so that nothing is lost or repeated.
     """
 
     def __init__(
-        self, dataset: Dataset, plan: BatchPlan, *, start: int, say: Callable[[str], None]
+        self,
+        dataset: Dataset,
+        plan: BatchPlan,
+        *,
+        start: int,
+        say: Callable[[str], None],
+        world: World,
     ) -> None:
-        self._dataset, self._plan, self._say = dataset, plan, say
+        self._dataset, self._plan, self._say, self._world = dataset, plan, say, world
         self._step, self._restarts, self._last_restart = start, 0, start
         self._batches: Iterator[Batch] | None = None
 
@@ -40,7 +48,13 @@ class Supply:
         while True:
             raise_if_requested()
             if self._batches is None:
-                self._batches = batches(self._dataset, self._plan, start=self._step)
+                self._batches = batches(
+                    self._dataset,
+                    self._plan,
+                    start=self._step,
+                    rank=self._world.rank,
+                    ranks=self._world.size,
+                )
             try:
                 batch = next(self._batches)
             except Exception as error:
@@ -67,7 +81,7 @@ class Supply:
         self._batches = None
 
     def _restart(self, error: Exception) -> None:
-        poll()  # a signal to all processes of a run has ended those that read ahead, too
+        raise_if_requested()  # a signal to all processes of a run has ended those that read ahead, too
         if self._step - self._last_restart > FORGIVEN:
             self._restarts = 0
         self._restarts, self._last_restart = self._restarts + 1, self._step

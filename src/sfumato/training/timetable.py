@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sfumato.distributed import seconds
 from sfumato.training.config import Cadence
 from sfumato.training.state import TrainingState
 
@@ -36,6 +36,6 @@ class Timetable:
         saving.
         """
         self._state.counters.done_s[name] = self._state.counters.seconds
-        begun = time.perf_counter()
+        begun = seconds()
         yield
-        self._cost_s[name] = time.perf_counter() - begun
+        self._cost_s[name] = seconds() - begun

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from sfumato.data import Batch, BatchPlan, Dataset
+from sfumato.distributed import current
 from sfumato.errors import CheckpointError, DataError, UnsavedError
 from sfumato.nn.accelerable import Accelerable
 from sfumato.observability.metrics_file import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
-from sfumato.observability.sinks import open_sinks
+from sfumato.observability.sinks import Sink, open_sinks
 from sfumato.platform import is_out_of_memory
 from sfumato.process import signals
 from sfumato.process.signals import Interrupted
@@ -44,14 +45,26 @@ LONG_S = 2.0  # seconds of measured steps, after which no further step is measur
 
 
 class StepResult(NamedTuple):
-    """The result of one optimizer step: the mean loss, the losses of its samples, the gradient norm
-    of each optimized part, and whether the weights were updated.
+    """The result of one optimizer step: the mean loss, the losses of this process's samples, the
+    gradient norm of each optimized part, whether the weights were updated, and the images that
+    could not be read, with the reasons.
     """
 
     loss: float
     losses: SampleLosses
     gradient_norms: list[float]
     applied: bool
+    lost: Sequence[tuple[str, str]] = ()
+
+
+class Agreed(NamedTuple):
+    """What all processes of a run know of a step: the mean loss of its batch, the number of the
+    signal that has asked one of them to stop, or 0, and the images that could not be read.
+    """
+
+    loss: float
+    signal: int
+    lost: Sequence[tuple[str, str]]
 
 
 class Trainer:
@@ -80,7 +93,7 @@ class Trainer:
             writes_frozen: whether the frozen parameters are written beside the checkpoints; if
                 not, checkpoints name their hash only.
         """
-        self.hooks = tuple(hooks)
+        self.hooks, self.world = tuple(hooks), current()
         self.device = next(task.model.parameters()).device
         self.config, self.task, self.dataset, self.directory, self.saved_config = (
             config,
@@ -99,6 +112,8 @@ class Trainer:
         self.timetable = Timetable(self.state)
         self.saver = RunSaver(self, writes_frozen=writes_frozen)
         self.recent, self._whole = Recent(), True
+        self._seconds: Callable[[], float] = lambda: self.state.counters.seconds
+        self._save_is_asked = False
         self._say: Callable[[str], None] = lambda line: None
         self.uncompiled: Callable[[], AbstractContextManager[object]] = (
             nullcontext  # validation's batches would be compiled once more
@@ -112,7 +127,9 @@ class Trainer:
         Raises:
             CheckpointError: if there is none, or the data, the seed or the batch size have changed.
         """
-        loaded, warnings = checkpoint.load_newest(self.directory.checkpoints)
+        loaded, warnings = self.world.in_turn(
+            partial(checkpoint.load_newest, self.directory.checkpoints)
+        )
         changed = loaded.state.get("data") != self.fingerprint
         begins = loaded.step if accepts_data and changed else loaded.state.get("plan_begins", 0)
         self.plan = replace(self.plan, begins=int(begins))
@@ -128,7 +145,9 @@ class Trainer:
         self.state.restore(loaded.tensors, loaded.counters)
         counters = self.state.counters
         counters.kept = min(counters.kept, self.progress)  # the budget may have been raised
-        post_hoc_ema.forget(self.directory.averages, after=counters.step)
+        self.world.on_first(
+            partial(post_hoc_ema.forget, self.directory.averages, after=counters.step)
+        )
         self._new = False
         return warnings
 
@@ -161,6 +180,7 @@ class Trainer:
         """
         with (
             signals.handled(),
+            signals.agreed_by(self.world.agreement),
             watching(self.config.stall_minutes) as guardian,
             ProgressBar("training") as bar,
         ):
@@ -174,7 +194,8 @@ class Trainer:
                 self._stop(signal, bar)
                 raise
             except BaseException as error:
-                if isinstance(error, DataError):  # between two steps: nothing need be lost
+                # between two steps nothing need be lost; of several processes, the others are elsewhere
+                if isinstance(error, DataError) and self.world.size == 1:
                     self.saver.save_last(bar, STOP_WAITS_S)
                 state = "unsaved" if isinstance(error, UnsavedError) else "failed"
                 with suppress(OSError):  # the disk may be why
@@ -216,13 +237,25 @@ class Trainer:
         def save(message: str) -> None:
             step = self.state.counters.step
             self.directory.write_status("stalled", step, error=message)
-            if self._whole:  # the main thread waits for data, or for a hook
+            if (
+                self._whole and self.world.size == 1
+            ):  # the main thread waits for data, or for a hook
                 self.saver.save_now()
 
         guardian.seconds = 60 * self.config.stall_minutes
         guardian.file, guardian.on_stall = self.directory.path / "stacks.txt", save
 
     def _session(self, bar: ProgressBar) -> Session:
+        sinks = self._sinks() if self.directory.writes else []
+        unreadable = UnreadableImages(
+            self.directory.path / "bad_samples.jsonl",
+            after_step=self.state.counters.step,
+            images=len(self.dataset.entries),
+            writes=self.directory.writes,
+        )
+        return Session(bar=bar, sinks=sinks, unreadable=unreadable)
+
+    def _sinks(self) -> list[Sink]:
         metrics = MetricsFile(self.directory.metrics, after_step=self.state.counters.step)
         name, folder = (
             str(self.saved_config.get("name", self.directory.path.name)),
@@ -231,12 +264,7 @@ class Trainer:
         others = open_sinks(
             self.config.log.sinks, folder=folder, name=name, config=self.saved_config
         )
-        unreadable = UnreadableImages(
-            self.directory.path / "bad_samples.jsonl",
-            after_step=self.state.counters.step,
-            images=len(self.dataset.entries),
-        )
-        return Session(bar=bar, sinks=[metrics, *others], unreadable=unreadable)
+        return [metrics, *others]
 
     def _prepare(self, bar: ProgressBar) -> None:
         """Choose precision and compilation, check the disk, and save a first checkpoint if the run
@@ -259,7 +287,7 @@ class Trainer:
         afterwards.
         """
         self._resolve_precision(lambda line: None)
-        supply = Supply(self.dataset, self.plan, start=0, say=self._say)
+        supply = self._supply(0)
         seconds: list[float] = []
         while len(seconds) <= steps and sum(seconds) < LONG_S:
             begun = time.perf_counter()
@@ -285,18 +313,22 @@ class Trainer:
 
     def _train(self, session: Session) -> None:
         start = self.state.counters.step
-        supply = Supply(self.dataset, self.plan, start=start, say=session.bar.say)
+        supply = self._supply(start)
         try:
             self._train_on(supply, session)
         finally:
             supply.close()
 
+    def _supply(self, start: int) -> Supply:
+        return Supply(self.dataset, self.plan, start=start, say=self._say, world=self.world)
+
     def _train_on(self, supply: Supply, session: Session) -> None:
         counters, bar = self.state.counters, session.bar
         clock = Clock(counters.seconds, counters.step)
         bar.start_at(self.progress)
+        self._seconds = clock.seconds
+        signals.poll()
         while True:
-            signals.poll()
             finished = self.finished
             if counters.step != counters.watched or finished:
                 self._between_steps(session, finished)
@@ -305,13 +337,12 @@ class Trainer:
             waited = time.perf_counter()
             batch = next(supply)
             clock.wait(time.perf_counter() - waited)
-            session.unreadable.record(batch, self.state.counters.step, bar)
             if counters.is_passed_over:
                 self._pass_over()
                 continue
-            result = self.train_step(batch)
+            result = self.train_step(batch, asks_to_save=self._asks_to_save(bar))
+            session.unreadable.record(result.lost, counters.step - 1, bar)
             judge(self, result, bar)
-            counters.seconds = clock.seconds()
             if counters.step % self.config.log.every_steps == 0 or counters.step == 1:
                 self._log(result, clock, session)
 
@@ -353,14 +384,17 @@ class Trainer:
                 except hook.tolerated as error:
                     session.bar.say(f"warning: {hook.name} at step {counters.step} failed: {error}")
         counters.watched = counters.step
-        asked = signals.take_save_request()
-        due = asked or self.timetable.due("checkpoint", self.config.checkpoint)
-        due = self.saver.has_failed(session.bar) or due
+        due = self._save_is_asked or self.timetable.due("checkpoint", self.config.checkpoint)
+        self._save_is_asked = False
         if due and not finished and not counters.skipped_in_a_row:
             with self.timetable.recording("checkpoint"):
                 self.saver.save(session.bar)
-            if asked:
-                session.bar.say(f"SIGUSR1: step {counters.step} is saved; training goes on")
+
+    def _asks_to_save(self, bar: ProgressBar) -> bool:
+        """Return whether a signal asks for a checkpoint, or one that could not be written is due."""
+        if asked := signals.take_save_request():
+            bar.say(f"SIGUSR1: step {self.state.counters.step + 1} is saved; training goes on")
+        return self.saver.has_failed(bar) or asked
 
     def validate(self) -> dict[str, Any]:
         """Return the task's errors on held-out images, of the weights and their average."""
@@ -374,22 +408,37 @@ class Trainer:
         except (CheckpointError, OSError) as error:
             bar.say(f"warning: {error}")
 
-    def train_step(self, batch: Batch) -> StepResult:
-        """Take one optimizer step on a global batch.
+    def train_step(self, batch: Batch, *, asks_to_save: bool = False) -> StepResult:
+        """Take one optimizer step on a global batch, of which each process holds a share.
 
-        Gradients are summed over micro-batches and clipped, then the weights and their averages are
-        updated. A non-finite loss or gradient leaves weights, averages and the learning-rate
-        schedule as they are.
+        Gradients are summed over micro-batches and processes and clipped, then the weights and
+        their averages are updated. A non-finite loss or gradient leaves weights, averages and the
+        learning-rate schedule as they are.
+
+        Args:
+            asks_to_save: whether this process wants a checkpoint after the step.
+        Raises:
+            Interrupted: after the step, if a signal has asked any of the processes to stop.
         """
         self._whole = False
         state, config = self.state, self.config
         counters = state.counters
         losses = self._backward_in_memory(batch, self._dtype)
+        self.world.sum_(
+            [
+                parameter.grad
+                for part in state.optimized_parts
+                for parameter in part.parameters
+                if parameter.grad is not None
+            ]
+        )
         # The step's only wait for the device: whether the weights may move is decided here, on the
         # host.
-        loss, *norms = torch.stack(
-            [losses.per_sample.mean(), *(part.clip() for part in state.optimized_parts)]
+        total, *norms = torch.stack(
+            [losses.per_sample.sum(), *(part.clip() for part in state.optimized_parts)]
         ).tolist()
+        told = self._agree(total, batch, asks_to_save=asks_to_save)
+        loss = told.loss
         applied = all(map(math.isfinite, (loss, *norms)))
         if applied:
             for part in state.optimized_parts:
@@ -404,7 +453,18 @@ class Trainer:
         counters.step += 1
         counters.samples_seen += config.batch_size
         self._whole = True
-        return StepResult(loss, losses, norms, applied)
+        signals.obey(told.signal)
+        return StepResult(loss, losses, norms, applied, told.lost)
+
+    def _agree(self, total: float, batch: Batch, *, asks_to_save: bool) -> Agreed:
+        """Tell the other processes what happened in this step, and hear what did in theirs."""
+        lost = [(bad.name, bad.reason) for bad in batch.bad]
+        rows = self.world.gather([total, self._seconds(), signals.received(), asks_to_save, lost])
+        totals, seconds, numbers, asked, lists = zip(*rows, strict=True)
+        self.state.counters.seconds = seconds[0]
+        self._save_is_asked = any(asked)
+        images = [(name, why) for images in lists for name, why in images]
+        return Agreed(sum(totals) / batch.size, max(numbers), images)
 
     def _backward_in_memory(self, batch: Batch, dtype: torch.dtype) -> SampleLosses:
         """Run `_backward`, in smaller micro-batches where memory does not suffice.
@@ -448,7 +508,7 @@ class Trainer:
                 losses = self.task.loss(
                     self.state.model, batch, group, chosen, progress=progress, dtype=dtype
                 )
-                (losses.per_sample.sum() / len(batch)).backward()
+                (losses.per_sample.sum() / batch.size).backward()
                 micro_batches.append(losses)
         notes = {
             name: torch.cat([losses.notes[name].detach() for losses in micro_batches])
@@ -460,7 +520,7 @@ class Trainer:
 
     def _trial(self) -> Callable[[torch.dtype], None]:
         """Return a function that runs one forward and backward pass, and changes nothing."""
-        batch = next(Supply(self.dataset, self.plan, start=0, say=self._say))
+        batch = next(self._supply(0))
 
         def work(dtype: torch.dtype) -> None:
             self._backward(batch, dtype)
@@ -487,6 +547,16 @@ class Trainer:
             seconds=counters.seconds,
         )
 
+    def _of_all(self, losses: SampleLosses) -> SampleLosses:
+        """Return the losses of all processes' samples, on the CPU."""
+        own = losses.on_host()
+        named = {"": own.per_sample, **own.notes}
+        rows = self.world.gather({name: value.tolist() for name, value in named.items()})
+        if len(rows) == 1:
+            return own
+        whole = {name: torch.tensor([x for row in rows for x in row[name]]) for name in named}
+        return SampleLosses(whole.pop(""), whole)
+
     def _record(self, result: StepResult, clock: Clock) -> dict[str, Any]:
         counters = self.state.counters
         images_per_s, wait_ms = clock.lap(self.config.batch_size, counters.step)
@@ -496,7 +566,7 @@ class Trainer:
             "epoch": self.views,
             "time": counters.seconds,
             "train/loss": result.loss,
-            **self.task.log_metrics(result.losses.on_host()),
+            **self.task.log_metrics(self._of_all(result.losses)),
             "train/grad_norm": result.gradient_norms[0],
             "train/lr": self.state.optimized_parts[0].rate,
             **{

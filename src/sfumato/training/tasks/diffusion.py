@@ -112,10 +112,8 @@ class Diffusion:
             group.first + chosen.start,
             self.config.seed,
         )
-        count, offset = len(images), group.first - batch.groups[0].first + chosen.start
-        times = randomness.uniform(seed, "time", first=batch.groups[0].first, count=len(batch))[
-            :, 0
-        ]
+        count, offset = len(images), group.first - batch.first + chosen.start
+        times = randomness.uniform(seed, "time", first=batch.first, count=batch.size)[:, 0]
         levels = self.objective.levels(times)
         level = NoiseLevel(*(value[offset : offset + count].float().to(device) for value in levels))
         draws = randomness.uniform(

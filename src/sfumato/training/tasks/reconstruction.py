@@ -168,7 +168,7 @@ class Reconstruction:
             mean, log_variance = model.codec.moments(images).float().chunk(2, dim=1)
             noise = randomness.normal(seed, "latent", first=first, shape=tuple(mean.shape)).to(mean)
             z = mean + (0.5 * log_variance).exp() * noise
-            z, target = self._transform(z, images, batch.groups[0].first)
+            z, target = self._transform(z, images, batch.first)
             reconstruction = model.codec.decode(z).float()
             notes = {
                 self.losses.pixels: self._pixel_loss(reconstruction, target),
@@ -286,11 +286,12 @@ class Reconstruction:
         ]
         labels = ["real", "reconstructed"] * len(rows)
         sheet = grid_image((torch.cat(rows) + 1) / 2, columns=columns, row_labels=labels)
-        save_png(
-            sheet,
-            self.directory.samples / f"step-{step:09d}" / "grid.png",
-            {"step": step, "weights": "ema"},
-        )
+        if self.directory.writes:
+            save_png(
+                sheet,
+                self.directory.samples / f"step-{step:09d}" / "grid.png",
+                {"step": step, "weights": "ema"},
+            )
 
     def forward_images(self, config: TrainingConfig) -> tuple[int, int]:
         """Return `preview.num`, and `validation.samples` twice: for the weights and

@@ -1,0 +1,153 @@
+"""Several processes, joined by a process group of PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from sfumato.distributed.world import STORE, World
+from sfumato.errors import PeerError
+from sfumato.process import watchdog
+from sfumato.process.signals import Interrupted
+
+T = TypeVar("T")
+
+# the watchdog ends a process that waits too long, with its stacks; after that long, torch does
+TIMEOUT = timedelta(hours=3)
+
+
+class Group(World):
+    """The processes of a torch process group."""
+
+    def __init__(self, rank: int, size: int, local_rank: int) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+
+    @classmethod
+    def join(cls, rank: int, size: int, local_rank: int) -> Group:
+        """Wait for the other processes, and join them."""
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(local_rank)
+        with _lost_peers():
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                timeout=TIMEOUT,
+                rank=rank,
+                world_size=size,
+                init_method=f"file://{os.environ[STORE]}" if STORE in os.environ else "env://",
+            )
+        return cls(rank, size, local_rank)
+
+    def leave(self) -> None:
+        """Leave the group."""
+        torch.distributed.destroy_process_group()
+
+    def gather(self, value: T) -> list[T]:
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = self._gathered(torch.tensor([len(text)]), [1] * self.size)
+        parts = self._gathered(text, [int(length) for length in lengths])
+        return [json.loads(bytes(part.tolist())) for part in parts]
+
+    def _gathered(self, tensor: Tensor, lengths: list[int]) -> list[Tensor]:
+        """Return the vectors of all processes, whose lengths differ."""
+        most = max(lengths)
+        padded = torch.zeros(most, dtype=tensor.dtype)
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in lengths]
+        with _lost_peers():
+            torch.distributed.all_gather(parts, padded)
+        return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        with _lost_peers():
+            for group in _by_type(tensors):
+                flat = torch.cat([tensor.reshape(-1) for tensor in group])
+                torch.distributed.all_reduce(flat)
+                sizes = [tensor.numel() for tensor in group]
+                for tensor, part in zip(group, flat.split(sizes), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        result, error = _attempt(work) if self.is_first else (None, None)
+        outcome = self._outcomes(_outcome(result, error), error)[0]
+        return cast(T, result if self.is_first and error is None else _opened(outcome, error))
+
+    def together(self, work: Callable[[], T]) -> T:
+        result, error = _attempt(work)
+        for outcome in self._outcomes(_outcome(None, error), error):
+            _opened(outcome, error)
+        return cast(T, result)
+
+    def _outcomes(
+        self, outcome: dict[str, Any], error: BaseException | None
+    ) -> list[dict[str, Any]]:
+        """Return the outcomes of all processes; an error of this one is not hidden by another's."""
+        try:
+            return self.gather(outcome)
+        except PeerError as lost:
+            raise error or lost from None
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
+        result: Any = None
+        for number in range(3):
+            result, error = _attempt(work) if turn == number else (result, None)
+            for outcome in self._outcomes(_outcome(None, error), error):
+                _opened(outcome, error)
+        return cast(T, result)
+
+    @property
+    def agreement(self) -> Callable[[int], int] | None:
+        return lambda number: max(self.gather(number))
+
+
+def _by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    types = dict.fromkeys(tensor.dtype for tensor in tensors)
+    return [[tensor for tensor in tensors if tensor.dtype is dtype] for dtype in types]
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return work(), None
+    except BaseException as error:
+        return None, error
+
+
+def _outcome(result: Any, error: BaseException | None) -> dict[str, Any]:
+    """Return what the other processes are told of some work."""
+    if isinstance(error, Interrupted):
+        return {"signal": error.exit_code - 128}
+    return {"result": result} if error is None else {"error": f"{type(error).__name__}: {error}"}
+
+
+def _opened(outcome: dict[str, Any], error: BaseException | None) -> Any:
+    """Return a result, or raise what the work has raised, here or in the first process."""
+    if error is not None:
+        raise error
+    if "signal" in outcome:
+        interrupted = Interrupted(outcome["signal"])
+        interrupted.is_said = True
+        raise interrupted
+    if "error" in outcome:
+        raise PeerError("another process of this run has failed: " + outcome["error"][:500])
+    return outcome.get("result")
+
+
+@contextmanager
+def _lost_peers() -> Iterator[None]:
+    """Turn the errors of a process group, one of whose processes has ended, into one of ours."""
+    watchdog.beat()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+        raise PeerError(f"another process of this run has ended ({first})") from error
+    watchdog.beat()

@@ -1,0 +1,135 @@
+"""The processes of a run: which one this is, and what they agree on.
+
+A run of one process uses no process group, and the same code: what it agrees on with itself is what
+it says. Every method is a collective operation: all processes call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from sfumato.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+STORE = "SFUMATO_STORE"  # a file through which the processes of one machine find each other
+
+
+class World:
+    """The processes that work on a run.
+
+    Attributes:
+        rank: the number of this one, from 0.
+        size: how many there are.
+        local_rank: the number of this one on its machine.
+    """
+
+    rank, size, local_rank = 0, 1, 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's files, and shows its progress."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank; they are plain data, as JSON holds them."""
+        return [value]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors, of one device, by their sums over all processes."""
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do some work in the first process only, and return its result in all.
+
+        The result is plain data, as JSON holds it.
+
+        Raises:
+            Exception: what the work raises, in the first process.
+            PeerError, Interrupted: in the others, if it raises.
+        """
+        return work()
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Do some work in the first process, then in the first one of each other machine, then in
+        the others.
+
+        What the earlier ones put into the cache, the later ones find there.
+
+        Raises:
+            PeerError, Interrupted: if it has failed in an earlier process.
+        """
+        return work()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do some work in all processes at once, none of which goes on before all have done it.
+
+        Raises:
+            PeerError, Interrupted: if it has failed in another process.
+        """
+        return work()
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items that fall to this process: every `size`-th one."""
+        return items[self.rank :: self.size]
+
+    @property
+    def agreement(self) -> Callable[[int], int] | None:
+        """How the processes agree on a signal; see `signals.agreed_by`."""
+        return None
+
+
+_SINGLE = World()
+_current = _SINGLE
+
+
+def seconds() -> float:
+    """Return the time of the first process's clock, by which all decide what there is time for."""
+    return _current.on_first(time.perf_counter)
+
+
+def current() -> World:
+    """Return the processes that this one works with."""
+    return _current
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Join the other processes, if torchrun, a cluster or `--procs` has started several.
+
+    Nested uses share the outermost group.
+
+    Raises:
+        ConfigError: if WORLD_SIZE, RANK and so on do not say what they should.
+    """
+    global _current
+    size = _number("WORLD_SIZE", 1)
+    if size == 1 or _current is not _SINGLE:
+        yield _current
+        return
+    from sfumato.distributed.group import Group
+
+    rank = _number("RANK", 0)
+    _current = group = Group.join(rank, size, _number("LOCAL_RANK", rank))
+    try:
+        yield group
+    finally:
+        _current = _SINGLE
+        group.leave()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(
+            f"{name}={text!r} is not a number",
+            where="environment",
+            hint="torchrun sets WORLD_SIZE, RANK and LOCAL_RANK; unset them to train in one process",
+        )
+    return int(text)
