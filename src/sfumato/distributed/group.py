@@ -27,11 +27,16 @@ TIMEOUT = timedelta(hours=3)
 class Group(World):
     """The processes of a torch process group."""
 
-    def __init__(self, rank: int, size: int, local_rank: int) -> None:
-        self.rank, self.size, self.local_rank = rank, size, local_rank
+    def __init__(self, rank: int, size: int, local_rank: int, per_machine: int) -> None:
+        self.rank, self.size, self.local_rank, self.per_machine = (
+            rank,
+            size,
+            local_rank,
+            per_machine,
+        )
 
     @classmethod
-    def join(cls, rank: int, size: int, local_rank: int) -> Group:
+    def join(cls, rank: int, size: int, local_rank: int, per_machine: int) -> Group:
         """Wait for the other processes, and join them."""
         cuda = torch.cuda.is_available()
         if cuda:
@@ -44,13 +49,14 @@ class Group(World):
                 world_size=size,
                 init_method=f"file://{os.environ[STORE]}" if STORE in os.environ else "env://",
             )
-        return cls(rank, size, local_rank)
+        return cls(rank, size, local_rank, per_machine)
 
     def leave(self) -> None:
         """Leave the group."""
         torch.distributed.destroy_process_group()
 
     def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = self._gathered(torch.tensor([len(text)]), [1] * self.size)
         parts = self._gathered(text, [int(length) for length in lengths])
@@ -67,6 +73,7 @@ class Group(World):
         return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, in one reduction for each dtype."""
         with _lost_peers():
             for group in _by_type(tensors):
                 flat = torch.cat([tensor.reshape(-1) for tensor in group])
@@ -76,11 +83,13 @@ class Group(World):
                     tensor.copy_(part.view_as(tensor))
 
     def on_first(self, work: Callable[[], T]) -> T:
+        """Do some work in the first process only; see `World.on_first`."""
         result, error = _attempt(work) if self.is_first else (None, None)
         outcome = self._outcomes(_outcome(result, error), error)[0]
         return cast(T, result if self.is_first and error is None else _opened(outcome, error))
 
     def together(self, work: Callable[[], T]) -> T:
+        """Do some work in all processes at once; see `World.together`."""
         result, error = _attempt(work)
         for outcome in self._outcomes(_outcome(None, error), error):
             _opened(outcome, error)
@@ -96,6 +105,7 @@ class Group(World):
             raise error or lost from None
 
     def in_turn(self, work: Callable[[], T]) -> T:
+        """Do some work in one process after another; see `World.in_turn`."""
         turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
         result: Any = None
         for number in range(3):
@@ -106,6 +116,7 @@ class Group(World):
 
     @property
     def agreement(self) -> Callable[[int], int] | None:
+        """How the processes agree on a signal."""
         return lambda number: max(self.gather(number))
 
 

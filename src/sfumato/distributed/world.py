@@ -29,9 +29,10 @@ class World:
         rank: the number of this one, from 0.
         size: how many there are.
         local_rank: the number of this one on its machine.
+        per_machine: how many there are on this machine.
     """
 
-    rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, per_machine = 0, 1, 0, 1
 
     @property
     def is_first(self) -> bool:
@@ -116,7 +117,9 @@ def joined() -> Iterator[World]:
     from sfumato.distributed.group import Group
 
     rank = _number("RANK", 0)
-    _current = group = Group.join(rank, size, _number("LOCAL_RANK", rank))
+    _current = group = Group.join(
+        rank, size, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size)
+    )
     try:
         yield group
     finally:

@@ -304,6 +304,10 @@ class DiT(Backbone, Widenable):
         """Return the projection back to pixels."""
         return [self.output]
 
+    def units(self) -> list[nn.Module]:
+        """Return the blocks."""
+        return list(self.blocks)
+
     def float8_layers(self) -> list[nn.Linear]:
         """Return all linear layers of the blocks."""
         return [layer for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]

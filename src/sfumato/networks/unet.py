@@ -201,6 +201,10 @@ class UNet(Backbone, Widenable):
         """Return the first convolution, as the layer that reads x."""
         return InputLayer(self.input)
 
+    def units(self) -> list[nn.Module]:
+        """Return the stages: levels also pass skips on, in a list that a wrapper would copy."""
+        return [module for module in self.modules() if isinstance(module, Stage)]
+
     def output_layers(self) -> list[nn.Module]:
         """Return the last convolution."""
         return [self.output]

@@ -19,6 +19,12 @@ class Accelerable(nn.Module):
 
     compile_after_s: ClassVar[float] = math.inf
 
+    def units(self) -> Sequence[nn.Module]:
+        """Return the modules that are called one after another, and together hold most parameters:
+        where processes share a network, each is gathered when it is needed. None by default.
+        """
+        return ()
+
     def float8_layers(self) -> Sequence[nn.Linear]:
         """Return the linear layers that may multiply in float8; none by default."""
         return ()

@@ -142,9 +142,8 @@ def raise_if_requested() -> None:
 
     A process that stops together with others only does so where they agree.
     """
-    if _active is not None and _active.agree is None:
-        if number := received():
-            raise Interrupted(number)
+    if _active is not None and _active.agree is None and (number := received()):
+        raise Interrupted(number)
 
 
 def is_stop_requested() -> bool:

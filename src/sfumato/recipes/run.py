@@ -9,6 +9,7 @@ from sfumato.config.bounds import require_bounds
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
+from sfumato.distributed.sharding import EngineName
 from sfumato.errors import ConfigError
 from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.networks import NetworkConfig, UNetConfig
@@ -41,6 +42,9 @@ class Run(TrainingConfig):
         objective: the training loss.
         sampling: defaults of sampling.
         sweep: whether settings of sampling are compared when training ends.
+        distributed: how several processes share the network: `replicate`, each holds all of it;
+            `shard`, each holds a part; `hybrid`, each machine holds all of it, in parts; `auto`, by
+            its size.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Run(TrainingConfig):
     objective: Objective = Objective(schedule=Warped(schedule=Linear(), warp=LogitNormal()))
     sampling: SamplingConfig = SamplingConfig()
     sweep: SweepConfig = SweepConfig()
+    distributed: EngineName = "auto"
 
     def __post_init__(self) -> None:
         require_bounds(self)

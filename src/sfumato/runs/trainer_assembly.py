@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from sfumato.autoencoders import Autoencoder, LatentAutoencoder
 from sfumato.autoencoders import io as autoencoder_files
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Dataset
+from sfumato.distributed import current
+from sfumato.distributed.engines import (
+    GIB,
+    Footprint,
+    choose_name,
+    describe_engine,
+    make_engine,
+)
+from sfumato.distributed.sharding import Engine
 from sfumato.evaluation.sample_meter import SampleMeter
 from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
 from sfumato.interop.base_identity import base_parts
+from sfumato.networks import Backbone
 from sfumato.observability.progress import console
+from sfumato.platform import total_memory
 from sfumato.recipes.run import Run
 from sfumato.runs.base import known_contexts
 from sfumato.runs.prior_images import prior_images
@@ -24,6 +37,7 @@ from sfumato.training.base_comparison import BaseComparison
 from sfumato.training.copy_search import CopySearch
 from sfumato.training.hooks import HOOKS
 from sfumato.training.looks import Looks
+from sfumato.training.parameters import count, trainable
 from sfumato.training.precision import default_device
 from sfumato.training.preservation import KnownContexts, Preservation, PreservationLoss
 from sfumato.training.prior_images import PriorImagesLoss
@@ -101,7 +115,46 @@ def diffusion_trainer(
         saved_config=saved_config,
         hooks=(*HOOKS, Looks(task.validator, search, directory, comparison)),
         writes_frozen=not run.has_base,
+        engine=_engine(run, model),
     )
+
+
+def _engine(run: Run, model: Model) -> Engine:
+    """Return how several processes share the network, and say so."""
+    world = current()
+    if world.size == 1:
+        return Engine(world)
+    needs = footprint(run, model.network)
+    memory_gib = world.on_first(memory_of_a_process)
+    name = choose_name(
+        run.distributed,
+        needs,
+        memory_gib=memory_gib,
+        size=world.size,
+        per_machine=world.per_machine,
+    )
+    console().print(
+        describe_engine(name, needs, size=world.size, per_machine=world.per_machine), markup=False
+    )
+    return make_engine(name, world, per_machine=world.per_machine)
+
+
+def footprint(run: Run, network: Backbone) -> Footprint:
+    """Return what a training of a network holds."""
+    return Footprint(
+        parameters=count(network.parameters()),
+        trained=count(trainable(network)),
+        averages=1 + len(run.post_hoc_ema.widths),
+        largest_unit=max((count(unit.parameters()) for unit in network.units()), default=0)
+        or count(network.parameters()),
+    )
+
+
+def memory_of_a_process() -> float:
+    """Return the memory in GiB that one of the processes on this machine can take."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory) / GIB
+    return total_memory() / GIB / current().per_machine
 
 
 def _facts(run: Run, model: Model, autoencoder: Autoencoder, dataset: Dataset) -> dict[str, Any]:

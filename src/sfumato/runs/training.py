@@ -198,30 +198,41 @@ def resume(
         accepts_data: whether the run goes on if its data have changed: images were added, for
             example. A new epoch of them then begins.
     """
-    directory = RunDirectory.existing(Path(path))
-    directory.require_trainable()
-    with _supervised(), directory.locked():
-        if step is not None:
-            for aside in current().on_first(
-                lambda: list(map(str, checkpoint.set_newer_aside(directory.checkpoints, step=step)))
-            ):
-                console().print(f"set aside: {aside}", markup=False)
-        trainer = _restore_trainer(directory, overrides, accepts_data=accepts_data)
-        reached = trainer.state.counters.step
-        limits = [name for name, most in asdict(trainer.config.budget).items() if most is not None]
-        if trainer.finished and directory.status().get("state") == "finished":
-            console().print(
-                f"finished already, at step {reached}; to go on, raise its budget: sfumato resume "
-                f"{path} budget.{limits[0]}=..."
-            )
-            return directory.path
-        console().print(f"resuming at step {reached}")
-        dataset, seconds = _run_to_the_end(trainer)
-        del trainer  # its memory is needed again
-        if directory.writes:
-            sweep_after_training(directory.path, resolve(path), dataset, seconds=seconds)
-    _report(directory)
+    with _supervised():
+        directory = RunDirectory.existing(Path(path))
+        directory.require_trainable()
+        with directory.locked():
+            trainer = _continued(directory, overrides, step=step, accepts_data=accepts_data)
+            if trainer is None:
+                return directory.path
+            dataset, seconds = _run_to_the_end(trainer)
+            del trainer  # its memory is needed again
+            if directory.writes:
+                sweep_after_training(directory.path, resolve(path), dataset, seconds=seconds)
+        _report(directory)
     return directory.path
+
+
+def _continued(
+    directory: RunDirectory, overrides: Overrides, *, step: int | None, accepts_data: bool
+) -> Trainer | None:
+    """Return the trainer of a run as it goes on; None, and a line, if the run is finished."""
+    if step is not None:
+        for aside in current().on_first(
+            lambda: list(map(str, checkpoint.set_newer_aside(directory.checkpoints, step=step)))
+        ):
+            console().print(f"set aside: {aside}", markup=False)
+    trainer = _restore_trainer(directory, overrides, accepts_data=accepts_data)
+    reached = trainer.state.counters.step
+    limits = [name for name, most in asdict(trainer.config.budget).items() if most is not None]
+    if trainer.finished and directory.status().get("state") == "finished":
+        console().print(
+            f"finished already, at step {reached}; to go on, raise its budget: sfumato resume "
+            f"{directory.path} budget.{limits[0]}=..."
+        )
+        return None
+    console().print(f"resuming at step {reached}")
+    return trainer
 
 
 def _run_to_the_end(trainer: Trainer) -> tuple[Dataset, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config.bounds import FractionBelowOne, InnerFraction
+from sfumato.distributed.sharding import local
 from sfumato.errors import ConfigError
 
 LARGEST_WIDTH = 0.28  # of a power profile: at 1 / sqrt(12) all of the training counts alike
@@ -98,8 +99,8 @@ class Pairs:
             for a, p in zip(average.parameters(), model.parameters(), strict=True)
             if a is not p
         ]
-        self.average: list[Tensor] = [a for a, _ in parameters]
-        self.model: list[Tensor] = [p for _, p in parameters]
+        self.average: list[Tensor] = [local(a) for a, _ in parameters]
+        self.model: list[Tensor] = [local(p) for _, p in parameters]
         self.buffers = list(zip(average.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sfumato.distributed.sharding import whole
 from sfumato.errors import DivergedError
 from sfumato.observability.metrics_file import finite_or_null
 from sfumato.observability.progress import ProgressBar, short
@@ -122,7 +123,9 @@ def weight_norms(trainer: Trainer) -> dict[str, float]:
     squares: dict[str, float] = {}
     for name, parameter in trainer.state.model.named_parameters():
         block = ".".join(name.split(".")[:3])
-        squares[block] = squares.get(block, 0.0) + float(parameter.detach().double().square().sum())
+        squares[block] = squares.get(block, 0.0) + float(
+            whole(parameter.detach().double().square().sum())
+        )
     return {block: math.sqrt(square) for block, square in squares.items()}
 
 

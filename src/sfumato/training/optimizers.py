@@ -18,6 +18,7 @@ from sfumato.config.bounds import (
     Positive,
     SizeOrZero,
 )
+from sfumato.distributed.sharding import by_kind, like, whole
 from sfumato.errors import ConfigError
 from sfumato.networks import Backbone
 from sfumato.training.parameters import require_trainable, trainable
@@ -130,6 +131,9 @@ class OptimizerConfig:
                     "lr_scale": min(1.0, self.mup_base_width / width),
                 }
             )
+        groups = [
+            {**group, "params": params} for group in groups for params in by_kind(group["params"])
+        ]
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True
@@ -212,10 +216,11 @@ class Muon(torch.optim.Optimizer):
             state["mean"] = torch.zeros_like(parameter)
         mean = state["mean"]
         mean.lerp_(gradient, 1 - momentum)
-        matrix = gradient.lerp(mean, momentum).flatten(1)  # Nesterov's momentum
+        matrix = whole(gradient.lerp(mean, momentum)).flatten(1)  # Nesterov's momentum
         size = 0.2 * math.sqrt(max(matrix.shape))
         parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(orthogonalize(matrix).view(parameter.shape), alpha=-lr * size)
+        step = orthogonalize(matrix).view(parameter.shape)
+        parameter.add_(like(step, parameter), alpha=-lr * size)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -344,6 +349,8 @@ def load_optimizer_tensors(
             )
         # AdamW's step counter is a scalar; the moments have the parameter's device and layout.
         restored = (
-            value.to(target.device) if value.ndim == 0 else torch.empty_like(target).copy_(value)
+            value.to(target.device)
+            if value.ndim == 0
+            else torch.empty_like(target).copy_(like(value, target))
         )
         owners[id(target)].state[target][slot] = restored

@@ -173,7 +173,8 @@ class RunSaver:
     def _finite_tensors(self) -> dict[str, dict[str, Tensor]]:
         tensors, step = self.trainer.state.tensors(), self.trainer.state.counters.step
         for group in ("model", "ema"):
-            if (name := first_not_finite(tensors[group])) is not None:
+            name = self.trainer.world.on_first(partial(first_not_finite, tensors[group]))
+            if name is not None:
                 raise UnstableError(
                     f"{group}: {name} has values that are not finite",
                     first=max(0, step - WINDOW),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.distributed.sharding import gathered, like
 from sfumato.errors import CheckpointError
 from sfumato.training import guard
 from sfumato.training.ema import Pairs, PowerEMA
@@ -140,9 +141,16 @@ class TrainingState:
         model: nn.Module,
         optimized_parts: Callable[[nn.Module], list[OptimizedPart]],
         profiles: Sequence[PowerEMA] = (),
+        place: Callable[[nn.Module], None] = lambda module: None,
     ) -> TrainingState:
-        """Create the state before the first step."""
+        """Create the state before the first step.
+
+        Args:
+            place: shares the model, or a copy of it, among processes.
+        """
         average, *tracked = (_average(model) for _ in range(1 + len(profiles)))
+        for module in (model, average, *tracked):
+            place(module)
         return cls(
             model=model,
             average=average,
@@ -170,11 +178,13 @@ class TrainingState:
         return [optimizer for part in self.optimized_parts for optimizer in part.optimizers]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return all tensors except frozen parameters, by checkpoint file."""
+        """Return all tensors except frozen parameters, by checkpoint file; of several processes, only
+        the first one gets them.
+        """
         return {
             "model": self.trained(self.model),
             "ema": self.trained(self.average),
-            "optimizer": optimizer_tensors(self.optimizers, self.model),
+            "optimizer": gathered(optimizer_tensors(self.optimizers, self.model)),
             **{
                 average_name(profile): self.trained(module)
                 for profile, module in self.tracked_averages.items()
@@ -182,8 +192,10 @@ class TrainingState:
         }
 
     def trained(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the state dict of the model or of an average, without frozen parameters."""
-        return without(module.state_dict(), self.frozen)
+        """Return the state dict of the model or of an average, without frozen parameters; of several
+        processes, only the first one gets it.
+        """
+        return gathered(without(module.state_dict(), self.frozen))
 
     def frozen_tensors(self) -> dict[str, Tensor]:
         """Return the frozen parameters by name."""
@@ -200,18 +212,28 @@ class TrainingState:
             CheckpointError: if they do not fit the model.
         """
         try:
-            frozen = self.frozen_tensors()
-            self.model.load_state_dict({**frozen, **tensors["model"]})
-            self.average.load_state_dict({**frozen, **tensors["ema"]})
+            self._load(self.model, tensors["model"])
+            self._load(self.average, tensors["ema"])
             load_optimizer_tensors(self.optimizers, self.model, tensors.get("optimizer", {}))
             for profile, module in self.tracked_averages.items():
-                module.load_state_dict({**frozen, **tensors[average_name(profile)]})
+                self._load(module, tensors[average_name(profile)])
             self.counters = Counters(**counters)
         except (RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"does not fit the model: {' '.join(str(error).split())[:300]}",
                 hint="resume with the configuration it was trained with (config.yaml beside it)",
             ) from None
+
+    def _load(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Load all that is trained into the model or an average."""
+        own = module.state_dict()
+        frozen = {name: value for name, value in own.items() if name in self.frozen}
+        module.load_state_dict(
+            {
+                **frozen,
+                **{n: like(v, own[n]) if n in own else v for n, v in tensors.items()},
+            }
+        )
 
 
 def _average(model: nn.Module) -> nn.Module:

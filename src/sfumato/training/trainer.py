@@ -12,9 +12,11 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from sfumato.data import Batch, BatchPlan, Dataset
+from sfumato.data import Batch, BatchPlan, Dataset, ShapeGroup
 from sfumato.distributed import current
+from sfumato.distributed.sharding import Engine
 from sfumato.errors import CheckpointError, DataError, UnsavedError
 from sfumato.nn.accelerable import Accelerable
 from sfumato.observability.metrics_file import MetricsFile, peak_gib
@@ -83,6 +85,7 @@ class Trainer:
         saved_config: Mapping[str, Any],
         hooks: Sequence[Hook] = HOOKS,
         writes_frozen: bool = True,
+        engine: Engine | None = None,
     ) -> None:
         """Create the state and the order of the batches; nothing is trained or written yet.
 
@@ -92,8 +95,10 @@ class Trainer:
             hooks: run in this order.
             writes_frozen: whether the frozen parameters are written beside the checkpoints; if
                 not, checkpoints name their hash only.
+            engine: how several processes share the network; by default each holds all of it.
         """
         self.hooks, self.world = tuple(hooks), current()
+        self.engine = engine or Engine(self.world)
         self.device = next(task.model.parameters()).device
         self.config, self.task, self.dataset, self.directory, self.saved_config = (
             config,
@@ -103,7 +108,7 @@ class Trainer:
             saved_config,
         )
         self.state = TrainingState.new(
-            task.model, task.optimized_parts, config.post_hoc_ema.profiles
+            task.model, task.optimized_parts, config.post_hoc_ema.profiles, self._place
         )
         self.plan = BatchPlan(
             seed=config.seed, shapes=dataset.shapes[dataset.epoch], batch_size=config.batch_size
@@ -113,11 +118,18 @@ class Trainer:
         self.saver = RunSaver(self, writes_frozen=writes_frozen)
         self.recent, self._whole = Recent(), True
         self._seconds: Callable[[], float] = lambda: self.state.counters.seconds
-        self._save_is_asked = False
+        self._save_is_asked, self._has_shapes = (
+            False,
+            bool((self.plan.shapes[:1] != self.plan.shapes).any()),
+        )
         self._say: Callable[[str], None] = lambda line: None
         self.uncompiled: Callable[[], AbstractContextManager[object]] = (
             nullcontext  # validation's batches would be compiled once more
         )
+
+    def _place(self, model: nn.Module) -> None:
+        network = self.task.compiled_part(model)
+        self.engine.place(network, network.units())
 
     def resume(self, *, accepts_data: bool = False) -> list[str]:
         """Load the newest whole checkpoint, and return warnings about newer ones that are damaged.
@@ -424,14 +436,7 @@ class Trainer:
         state, config = self.state, self.config
         counters = state.counters
         losses = self._backward_in_memory(batch, self._dtype)
-        self.world.sum_(
-            [
-                parameter.grad
-                for part in state.optimized_parts
-                for parameter in part.parameters
-                if parameter.grad is not None
-            ]
-        )
+        self.engine.sum_gradients([p for part in state.optimized_parts for p in part.parameters])
         # The step's only wait for the device: whether the weights may move is decided here, on the
         # host.
         total, *norms = torch.stack(
@@ -476,7 +481,8 @@ class Trainer:
                 return self._backward(batch, dtype)
             except (MemoryError, RuntimeError) as error:
                 size = min(self._micro_batch, len(batch))
-                if not is_out_of_memory(error) or size == 1:
+                # where all must pass through the network together, one cannot do so more often
+                if not is_out_of_memory(error) or size == 1 or self.engine.in_step:
                     raise
             self._zero_grad()
             if self.device.type == "cuda":
@@ -500,15 +506,16 @@ class Trainer:
         """
         if not self.state.model.training:  # the walk through all modules takes its time
             self.state.model.train()
-        size, progress = self._micro_batch, self.progress
-        micro_batches = []
-        for group in batch.groups:
-            for begin in range(0, len(group), size):
-                chosen = slice(begin, min(begin + size, len(group)))
-                losses = self.task.loss(
-                    self.state.model, batch, group, chosen, progress=progress, dtype=dtype
-                )
-                (losses.per_sample.sum() / batch.size).backward()
+        progress, micro_batches = self.progress, []
+        network = self.task.compiled_part(self.state.model)
+        parts = self._micro_batches(batch)
+        for number, (group, chosen, weight) in enumerate(parts):
+            self.engine.expect(network, last=number == len(parts) - 1)
+            losses = self.task.loss(
+                self.state.model, batch, group, chosen, progress=progress, dtype=dtype
+            )
+            (losses.per_sample.sum() * (weight / batch.size)).backward()
+            if weight:
                 micro_batches.append(losses)
         notes = {
             name: torch.cat([losses.notes[name].detach() for losses in micro_batches])
@@ -517,6 +524,23 @@ class Trainer:
         return SampleLosses(
             torch.cat([losses.per_sample.detach() for losses in micro_batches]), notes
         )
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[ShapeGroup, slice, float]]:
+        """Return the micro-batches of a batch with their weights: groups of one shape, in slices.
+
+        Where all processes must pass through the network equally often, those with fewer groups
+        repeat their last one, with weight 0.
+        """
+        size = self._micro_batch
+        parts = [
+            (group, slice(begin, min(begin + size, len(group))), 1.0)
+            for group in batch.groups
+            for begin in range(0, len(group), size)
+        ]
+        if self.engine.in_step and self._has_shapes:
+            most = max(self.world.gather(len(parts)))
+            parts += [(*parts[-1][:2], 0.0)] * (most - len(parts))
+        return parts
 
     def _trial(self) -> Callable[[torch.dtype], None]:
         """Return a function that runs one forward and backward pass, and changes nothing."""

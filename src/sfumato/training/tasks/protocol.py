@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data import Batch, ShapeGroup
+from sfumato.distributed.sharding import by_kind, gradient_norm
 from sfumato.nn.accelerable import Accelerable
 from sfumato.sampling import StepInfo
 from sfumato.training.config import TrainingConfig
@@ -63,7 +64,10 @@ class OptimizedPart:
 
     def clip(self) -> Tensor:
         """Scale down a gradient that is too large; return its former norm, still on the device."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = gradient_norm(self.parameters)
+        for parameters in by_kind(self.parameters):
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        return norm
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
