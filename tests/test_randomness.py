@@ -1,9 +1,12 @@
 """Keyed draws: item i is a function of (seed, purpose, i)."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 
 from sfumato import randomness
 
@@ -135,7 +138,72 @@ def test_items_of_different_shapes_share_no_draws() -> None:
 
 def test_layers_draw_what_they_draw_after_torchs_own_seed() -> None:
     draws = []
-    for seed_by in (randomness.seed_layers, torch.manual_seed):
+    for seed_by in (randomness._seed_stream, torch.manual_seed):
         seed_by(2**40 + 7)
         draws.append(torch.nn.functional.dropout(torch.ones(1000), 0.5))
     assert torch.equal(*draws)
+
+
+def lowbias32(values: np.ndarray) -> np.ndarray:
+    """The published hash, on unsigned numbers."""
+    with np.errstate(over="ignore"):
+        values ^= values >> np.uint32(16)
+        values *= np.uint32(0x7FEB352D)
+        values ^= values >> np.uint32(15)
+        values *= np.uint32(0x846CA68B)
+        values ^= values >> np.uint32(16)
+    return values
+
+
+@pytest.fixture
+def unkeyed() -> Iterator[None]:
+    yield
+    randomness._samples = None
+
+
+def layer_draws(
+    first: int, count: int, shape: tuple[int, ...] = (3, 5), layer: str = "a"
+) -> Tensor:
+    randomness.key_layers(7, first=first, count=count)
+    return randomness.layer_uniform(layer, (count, *shape), torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("unkeyed")
+def test_draws_in_layers_are_those_of_the_published_hash() -> None:
+    draws = layer_draws(3, 4)
+    words = randomness._layer_keys("a", 4).numpy().view(np.uint32)
+    with np.errstate(over="ignore"):
+        numbers = (words[:, :1] | np.uint32(1)) * np.arange(15, dtype=np.uint32) + words[:, 1:]
+    expected = (lowbias32(numbers) >> np.uint32(8)) * 2.0**-24
+    assert torch.equal(draws.flatten(1), torch.from_numpy(expected).float())
+
+
+@pytest.mark.usefixtures("unkeyed")
+def test_draws_in_layers_belong_to_samples_whatever_the_batch() -> None:
+    whole = layer_draws(10, 6)
+    parts = torch.cat([layer_draws(10, 1), layer_draws(11, 3), layer_draws(14, 2)])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole, layer_draws(10, 6, layer="b"))
+    randomness.key_layers(7, first=10, count=3)
+    rows = randomness.layer_uniform("a", (6, 3, 5), torch.device("cpu"))
+    assert torch.equal(rows[:3], whole[:3])
+    assert not torch.equal(rows[3:], rows[:3])
+
+
+@pytest.mark.usefixtures("unkeyed")
+def test_draws_in_layers_are_uniform_and_independent() -> None:
+    draws = layer_draws(0, 64, (4096,)).double()
+    count = draws.numel()
+    assert abs(float(draws.mean()) - 0.5) < 5 / (12 * count) ** 0.5
+    counts = torch.histc(draws, 64, 0, 1)
+    chi = float(((counts - count / 64) ** 2 / (count / 64)).sum())
+    assert 24 < chi < 120  # 63 degrees of freedom
+    centred = (draws - 0.5) * 12**0.5
+    between = centred @ centred.T / 4096
+    between.fill_diagonal_(0)
+    assert float(between.abs().max()) < 6 / 4096**0.5
+    for step in (1, 2, 64, 512):  # neighbours in a row, in a column, in a channel
+        assert abs(float((centred[:, step:] * centred[:, :-step]).mean())) < 5 / count**0.5
+    kept = (draws >= 0.1).double().mean(1)  # not the same number in each sample
+    assert 0.5 < float(kept.std()) / (0.09 / 4096) ** 0.5 < 1.5

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,8 +69,65 @@ def normal(
     return draws.view(count, -1)[:, :size].to(torch.float32).reshape(shape)
 
 
-def seed_layers(seed: int) -> None:
-    """Seed the stream that layers such as dropout draw from: they take no generator."""
+class _Samples(NamedTuple):
+    """The samples that layers draw for: training's, from number `first` on."""
+
+    seed: int
+    first: int
+    count: int
+
+
+_samples: _Samples | None = None
+
+
+def key_layers(seed: int, *, first: int, count: int) -> None:
+    """Say which samples of training pass through the network next, for layers that draw.
+
+    Layers of other libraries draw from torch's stream, which is seeded.
+    """
+    global _samples
+    _samples = _Samples(seed, first, count)
+    _seed_stream(((seed << 40) + first) % 2**63)
+
+
+def layer_uniform(layer: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Draw uniformly from [0, 1) in a layer, in 2^24 steps, float32; shape[0] is that of the batch.
+
+    The draws of a sample are a function of (seed, layer, number of the sample), whatever the
+    micro-batch, the process or the order of memory, and the same when activations are recomputed.
+    Where `key_layers` was never called, torch's stream is drawn from.
+
+    Source: the hash of element numbers is C. Wellons's "lowbias32" (nullprogram.com/blog/2018/07/31).
+    """
+    if _samples is None:
+        return torch.rand(shape, device=device)
+    words = _layer_keys(layer, shape[0]).to(device)
+    bits = torch.arange(math.prod(shape[1:]), dtype=torch.int32, device=device)
+    bits = (words[:, :1] | 1) * bits + words[:, 1:]  # other numbers for each sample
+    bits ^= (bits >> 16) & 0xFFFF
+    bits *= 0x7FEB352D
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits *= 0x846CA68B - 2**32
+    bits ^= (bits >> 16) & 0xFFFF
+    return ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(shape)
+
+
+def _layer_keys(layer: str, count: int) -> Tensor:
+    """Return two random words for each sample, int32 (count, 2).
+
+    A network that is called with several rows for each sample has them one batch after another.
+    """
+    assert _samples is not None
+    seed, first, each = _samples
+    rounds = [
+        _words(seed, f"layer {layer} {number}", first, min(each, count - number * each), 1)[:, :1]
+        for number in range(-(-count // each))
+    ]
+    return torch.from_numpy(np.concatenate(rounds).view(np.int32))
+
+
+def _seed_stream(seed: int) -> None:
+    """Seed the stream that layers of other libraries draw from: they take no generator."""
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
     else:  # torch.manual_seed takes 300 times as long, to remember this for devices that never come

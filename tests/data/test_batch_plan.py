@@ -74,7 +74,8 @@ def test_contiguous_slices_of_ranks_make_up_the_global_batch(ranks: int) -> None
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"a batch of 12 over 5 processes\n.*\[1, 2, 3, 4, 6, 12\]"
+        ConfigError,
+        match=r"a batch of 12 images cannot be shared evenly by 5 processes\n.*\[1, 2, 3, 4, 6, 12\]",
     ):
         planned(seed=0, size=100, batch_size=12).batch(0, rank=0, ranks=5)
 

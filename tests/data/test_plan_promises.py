@@ -325,9 +325,9 @@ def while_training(monkeypatch: pytest.MonkeyPatch, action) -> None:
     """Do something after indexing, before the first batch is read."""
     original = supply.batches
 
-    def disturbed(dataset: Dataset, plan: BatchPlan, *, start: int):
+    def disturbed(dataset: Dataset, plan: BatchPlan, **options):
         action(dataset)
-        return original(dataset, plan, start=start)
+        return original(dataset, plan, **options)
 
     monkeypatch.setattr(supply, "batches", disturbed)
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.cli.model_options import LikeOption, VariantOption
+from sfumato.cli.procs import ProcsOption
+from sfumato.distributed.launch import start_processes
 
 
 def finetune(
@@ -43,6 +45,7 @@ def finetune(
     ] = False,
     variant: VariantOption = "",
     like: LikeOption = None,
+    procs: ProcsOption = 1,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would be trained and what it takes, and stop."),
@@ -67,6 +70,7 @@ def finetune(
     options: dict[str, Any] = {"lora": lora, "partial": partial, "variant": variant, "like": like}
     early_checks.require_keys(overrides or (), source)
     if not dry_run:
+        start_processes(procs)
         from sfumato import runs
 
         typer.echo(runs.finetune(model, source, overrides=overrides or (), run=run, **options))

@@ -8,17 +8,9 @@ from typing import Annotated
 
 import typer
 
+from sfumato.cli.procs import ProcsOption
 from sfumato.distributed.launch import start_processes
 
-Processes = Annotated[
-    int,
-    typer.Option(
-        "--procs",
-        metavar="N",
-        help="Train in N processes of this machine: one for each GPU, or each few cores. The result is "
-        "the same.",
-    ),
-]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -44,7 +36,7 @@ def train(
             "and, after an interruption, resumes it.",
         ),
     ] = False,
-    procs: Processes = 1,
+    procs: ProcsOption = 1,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -100,7 +92,7 @@ def resume(
             "epoch of them begins.",
         ),
     ] = False,
-    procs: Processes = 1,
+    procs: ProcsOption = 1,
 ) -> None:
     """Resume a run from its latest checkpoint, bit for bit."""
     start_processes(procs)

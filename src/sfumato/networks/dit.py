@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sfumato import randomness
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Positive, Size, SizeOrZero
 from sfumato.errors import ConfigError
@@ -26,6 +27,7 @@ from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
 from sfumato.nn.init import zero_init
 from sfumato.nn.norms import RMSNorm, rms_norm
 from sfumato.nn.rotary import apply_rotary, rotary_angles
+from sfumato.nn.sample_dropout import SampleDropout, name_dropouts
 from sfumato.nn.widenable import InputLayer, Widenable
 
 MODULATIONS = 6  # of a block: shift, scale and gate, of attention and of the feed-forward
@@ -180,6 +182,7 @@ class DiT(Backbone, Widenable):
         self.hidden_channels = size
         self.output_modulation = zero_init(nn.Linear(size, 2 * size))
         self.output = zero_init(nn.Linear(size, image_channels * patch**2))
+        name_dropouts(self)
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
         """Predict (B, C, H, W) from x (B, C, H, W) of unit variance and noise_input (B,) in [0, 1].
@@ -272,7 +275,7 @@ class DiT(Backbone, Widenable):
 
         They are some of the first `count`, drawn for each sample, and all others.
         """
-        chosen = torch.rand(len(x), count, device=x.device).argsort(dim=1)[
+        chosen = randomness.layer_uniform("tokens", (len(x), count), x.device).argsort(dim=1)[
             :, : count - int(count * self.config.token_drop)
         ]
         others = torch.arange(count, x.shape[1], device=x.device).expand(len(x), -1)
@@ -428,7 +431,7 @@ class StreamUpdate(nn.Module):
         size = config.hidden_size
         hidden = 32 * max(1, round(config.mlp_ratio * size / 32))
         self.offset = nn.Parameter(torch.zeros(4, 1, size))
-        self.out, self.dropout = nn.Linear(size, size), nn.Dropout(config.dropout)
+        self.out, self.dropout = nn.Linear(size, size), SampleDropout(config.dropout)
         self.up, self.gate, self.down = (
             nn.Linear(size, hidden),
             nn.Linear(size, hidden),

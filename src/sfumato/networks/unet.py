@@ -23,6 +23,7 @@ from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
 from sfumato.nn.init import zero_init
 from sfumato.nn.norms import ModulatedGroupNorm, num_groups
+from sfumato.nn.sample_dropout import SampleDropout, name_dropouts
 from sfumato.nn.widenable import InputLayer, Widenable
 
 Place = Literal["all", "decoder"]
@@ -157,6 +158,7 @@ class UNet(Backbone, Widenable):
             self.up.append(UpLevel(stages, Upsample(out, width) if depth else None, maps))
         self.output_norm = nn.GroupNorm(num_groups(width, GROUP_CHANNELS), width)
         self.output = zero_init(nn.Conv2d(width, image_channels, 3, padding=1))
+        name_dropouts(self)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
@@ -226,7 +228,7 @@ class ResidualBlock(nn.Module):
         self.norm_in = nn.GroupNorm(num_groups(inputs, GROUP_CHANNELS), inputs)
         self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm_out = ModulatedGroupNorm(outputs, embedding_size, GROUP_CHANNELS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = SampleDropout(dropout)
         self.conv_out = zero_init(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 

@@ -20,6 +20,7 @@ from sfumato.distributed.engines import (
     make_engine,
 )
 from sfumato.distributed.sharding import Engine
+from sfumato.errors import ConfigError
 from sfumato.evaluation.sample_meter import SampleMeter
 from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
@@ -81,7 +82,7 @@ def diffusion_trainer(
         info=info,
         preservation=None
         if known is None
-        else _preservation(run, known, prior, pipeline, directory),
+        else current().in_turn(lambda: _preservation(run, known, prior, pipeline, directory)),
     )
     task.facts |= _facts(run, model, autoencoder, dataset)
     search = CopySearch(
@@ -133,6 +134,12 @@ def _engine(run: Run, model: Model) -> Engine:
         size=world.size,
         per_machine=world.per_machine,
     )
+    if run.compile == "on" and name != "replicate":
+        raise ConfigError(
+            "a network that processes share in parts is not compiled yet",
+            where="compile=on",
+            hint="set compile=off, or distributed=replicate if the network fits into each process",
+        )
     console().print(
         describe_engine(name, needs, size=world.size, per_machine=world.per_machine), markup=False
     )

@@ -13,7 +13,7 @@ from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.data import Dataset
 from sfumato.data.batch_plan import share_of
-from sfumato.distributed import current, joined
+from sfumato.distributed import World, current, joined
 from sfumato.errors import RunError, redact_secrets, without_secrets
 from sfumato.observability.progress import console
 from sfumato.process.signals import Interrupted, handled
@@ -87,13 +87,13 @@ def _with_address(source: str | Path | Run, overrides: Overrides) -> Overrides:
 
 
 @contextmanager
-def _supervised() -> Iterator[None]:
+def _supervised() -> Iterator[World]:
     """Join other processes, and handle signals and hangs, also while data are read and images
     encoded.
     """
-    with handled(), watching(PREPARING_STALL_MINUTES), joined():
+    with handled(), watching(PREPARING_STALL_MINUTES), joined() as world:
         try:
-            yield
+            yield world
         except Interrupted as signal:
             if not signal.is_said:
                 console().print(
@@ -169,8 +169,10 @@ def finetune(
         model, source, overrides, lora=lora, partial=partial, variant=variant, like=like
     )
     console().print("\n".join(planned.lines), markup=False)
-    with _supervised():
+    with _supervised() as world:
         path = _train(source, planned.resolved(overrides), run)
+        if not world.is_first:
+            return path
     report = finetuning_report(path)
     report.save(path / REPORT)
     console().print(report.table(), markup=False)

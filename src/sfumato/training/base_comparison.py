@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from sfumato.autoencoders import Autoencoder
 from sfumato.condition import reorder, to_device
 from sfumato.conditioners import ConditioningInfo
 from sfumato.diffusion import Schedule
+from sfumato.distributed import current
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
@@ -151,12 +154,11 @@ class BaseComparison:
 
         They are sampled once, and kept in the run's directory.
         """
-        path = self.directory.base_samples
-        if not path.is_file():
+        path, world = self.directory.base_samples, current()
+        if not world.on_first(path.is_file):
             with self.known.base_of(average) as base:
                 images = self.images(cast(Model, base))
-            with atomic_path(path) as temporary:
-                save_file({"images": images.contiguous()}, temporary)
+            world.on_first(partial(_write, path, images))
         return load_file(path)["images"]
 
     def images(self, model: Model) -> Tensor:
@@ -183,3 +185,8 @@ def known_batch(known: KnownContexts) -> tuple[dict[str, Any], int]:
 
 def _squared(values: Tensor) -> Tensor:
     return values.double().square().flatten(1).mean(1)
+
+
+def _write(path: Path, images: Tensor) -> None:
+    with atomic_path(path) as temporary:
+        save_file({"images": images.contiguous()}, temporary)

@@ -118,10 +118,9 @@ class Trainer:
         self.saver = RunSaver(self, writes_frozen=writes_frozen)
         self.recent, self._whole = Recent(), True
         self._seconds: Callable[[], float] = lambda: self.state.counters.seconds
-        self._save_is_asked, self._has_shapes = (
-            False,
-            bool((self.plan.shapes[:1] != self.plan.shapes).any()),
-        )
+        # whether this process wants a checkpoint after the step, and whether any does
+        self._asks_to_save = self._save_is_asked = False
+        self._has_shapes = bool((self.plan.shapes[:1] != self.plan.shapes).any())
         self._say: Callable[[str], None] = lambda line: None
         self.uncompiled: Callable[[], AbstractContextManager[object]] = (
             nullcontext  # validation's batches would be compiled once more
@@ -283,7 +282,7 @@ class Trainer:
         is new.
         """
         counters, network = self.state.counters, self._resolve_precision(bar.say)
-        if resolve_compile(
+        if not self.engine.in_step and resolve_compile(
             self.config, counters, network, images=self.plan.size, trial=self._trial, say=bar.say
         ):
             self.uncompiled = partial(torch.compiler.set_stance, "force_eager")
@@ -352,7 +351,8 @@ class Trainer:
             if counters.is_passed_over:
                 self._pass_over()
                 continue
-            result = self.train_step(batch, asks_to_save=self._asks_to_save(bar))
+            self._asks_to_save = self._checkpoint_is_wanted(bar)
+            result = self.train_step(batch)
             session.unreadable.record(result.lost, counters.step - 1, bar)
             judge(self, result, bar)
             if counters.step % self.config.log.every_steps == 0 or counters.step == 1:
@@ -402,7 +402,7 @@ class Trainer:
             with self.timetable.recording("checkpoint"):
                 self.saver.save(session.bar)
 
-    def _asks_to_save(self, bar: ProgressBar) -> bool:
+    def _checkpoint_is_wanted(self, bar: ProgressBar) -> bool:
         """Return whether a signal asks for a checkpoint, or one that could not be written is due."""
         if asked := signals.take_save_request():
             bar.say(f"SIGUSR1: step {self.state.counters.step + 1} is saved; training goes on")
@@ -420,15 +420,13 @@ class Trainer:
         except (CheckpointError, OSError) as error:
             bar.say(f"warning: {error}")
 
-    def train_step(self, batch: Batch, *, asks_to_save: bool = False) -> StepResult:
+    def train_step(self, batch: Batch) -> StepResult:
         """Take one optimizer step on a global batch, of which each process holds a share.
 
         Gradients are summed over micro-batches and processes and clipped, then the weights and
         their averages are updated. A non-finite loss or gradient leaves weights, averages and the
         learning-rate schedule as they are.
 
-        Args:
-            asks_to_save: whether this process wants a checkpoint after the step.
         Raises:
             Interrupted: after the step, if a signal has asked any of the processes to stop.
         """
@@ -442,7 +440,7 @@ class Trainer:
         total, *norms = torch.stack(
             [losses.per_sample.sum(), *(part.clip() for part in state.optimized_parts)]
         ).tolist()
-        told = self._agree(total, batch, asks_to_save=asks_to_save)
+        told = self._agree(total, batch)
         loss = told.loss
         applied = all(map(math.isfinite, (loss, *norms)))
         if applied:
@@ -461,10 +459,12 @@ class Trainer:
         signals.obey(told.signal)
         return StepResult(loss, losses, norms, applied, told.lost)
 
-    def _agree(self, total: float, batch: Batch, *, asks_to_save: bool) -> Agreed:
+    def _agree(self, total: float, batch: Batch) -> Agreed:
         """Tell the other processes what happened in this step, and hear what did in theirs."""
         lost = [(bad.name, bad.reason) for bad in batch.bad]
-        rows = self.world.gather([total, self._seconds(), signals.received(), asks_to_save, lost])
+        rows = self.world.gather(
+            [total, self._seconds(), signals.received(), self._asks_to_save, lost]
+        )
         totals, seconds, numbers, asked, lists = zip(*rows, strict=True)
         self.state.counters.seconds = seconds[0]
         self._save_is_asked = any(asked)

@@ -49,8 +49,9 @@ class UnreadableImages:
         try:
             if self._file is None and self._writes:
                 self._file = MetricsFile(self.path, after_step=self._after_step)
-            for file, reason in lost if self._file is not None else ():
-                self._file.write({"step": step, "file": file, "reason": reason})
+            if self._file is not None:
+                for file, reason in lost:
+                    self._file.write({"step": step, "file": file, "reason": reason})
         except OSError as error:
             bar.say(f"warning: {error}")
         bar.say(f"replaced {len(lost)} image(s) that can no longer be read, e.g. {name}")

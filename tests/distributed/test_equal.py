@@ -1,0 +1,156 @@
+"""Two processes end where one does: weights, averages, moments, losses, validations and pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sfumato.distributed import current
+from tests.distributed.conftest import Runs, difference, largest_gap, shown
+from tests.faults.injector import leftovers, newest
+
+TWO = ("--procs", "2")
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "most"),
+    [
+        ("pixel", "replicate", 0.0),
+        ("muon", "replicate", 0.0),
+        ("latent", "replicate", 0.0),
+        ("shapes", "replicate", 1e-6),  # groups of shapes are cut elsewhere
+        ("pixel", "shard", 2e-6),
+        ("dit", "shard", 1e-6),
+        ("muon", "shard", 1e-5),
+        ("latent", "shard", 2e-6),
+        ("shapes", "shard", 1e-6),
+    ],
+)
+def test_two_processes_end_where_one_does(runs: Runs, name: str, engine: str, most: float) -> None:
+    alone = runs.alone(name)
+    run = runs.train(name, *TWO, f"distributed={engine}")
+    assert difference(run, alone) <= most
+    assert largest_gap(run, alone) < 1e-5
+    assert shown(run).keys() == shown(alone).keys()
+    assert not leftovers(run)
+    if engine == "replicate" and most == 0:
+        assert shown(run) == shown(alone)
+
+
+def test_processes_that_see_other_images_would_be_noticed(runs: Runs) -> None:
+    def patch() -> None:
+        from sfumato.data import loader
+
+        real = loader.BatchPlan.batch
+        loader.BatchPlan.batch = lambda plan, step, **of: real(
+            plan, step, rank=0, ranks=of.get("ranks", 1)
+        )
+
+    run = runs.train("pixel", *TWO, patch=patch)
+    assert difference(run, runs.alone("pixel")) > 1e-4
+
+
+def test_gradients_are_reduced_once_in_a_step(runs: Runs, tmp_path: Path) -> None:
+    def patch() -> None:
+        import torch.distributed as dist
+
+        real, count = dist.all_reduce, [0]
+
+        def counted(tensor, *args, **options):  # type: ignore[no-untyped-def]
+            count[0] += 1
+            (tmp_path / f"{current().rank}.json").write_text(json.dumps(count[0]))
+            return real(tensor, *args, **options)
+
+        dist.all_reduce = counted
+
+    runs.train("pixel", *TWO, "micro_batch=1", patch=patch)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [20, 20]
+
+
+@pytest.mark.parametrize("engines", [("replicate", "shard"), ("shard", "replicate")])
+def test_other_numbers_of_processes_go_on_with_a_run(
+    runs: Runs, engines: tuple[str, str], tmp_path: Path
+) -> None:
+    constant = ("optimizer.schedule=constant", "optimizer.warmup_steps=0")
+    alone = runs.train("dit", *constant)
+    run = runs.train("dit", *constant, "budget.steps=5")
+    for steps, engine in zip((10, 15), engines, strict=True):
+        before = tmp_path / str(steps)
+        shutil.copytree(newest(run), before)
+        runs.resume(run, f"budget.steps={steps}", f"distributed={engine}", *TWO)
+    runs.resume(run, "budget.steps=20")
+    assert difference(run, alone) < 1e-5
+    assert largest_gap(run, alone) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["replicate", "shard"])
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(
+    runs: Runs, engine: str, tmp_path: Path
+) -> None:
+    run = runs.train("dit", "budget.steps=4")
+    before = {path.name: path.read_bytes() for path in newest(run).glob("*.safetensors")}
+
+    def patch() -> None:
+        from sfumato.training.trainer import Trainer
+
+        def stop(trainer: Trainer, session: object) -> None:
+            trainer.state.counters.step = 5  # a checkpoint of what was loaded, nothing else
+            trainer.saver.save_now()
+
+        Trainer._loop = stop
+
+    code, said = runs.lab.call(
+        "resume", run, "budget.steps=9", *TWO, f"distributed={engine}", patch=patch
+    )
+    assert code == 0, said
+    assert newest(run).name == "step-000000005"
+    assert {p.name: p.read_bytes() for p in newest(run).glob("*.safetensors")} == before
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_work_begins(runs: Runs) -> None:
+    run = runs.lab.new("uneven")
+    code, said = runs.lab.call("train", runs.recipe("pixel"), "--run", run, "--procs", "3")
+    assert code == 2
+    assert "cannot be shared evenly by 3 processes" in said
+    assert "[1, 2, 4, 8]" in said
+    assert not run.exists()
+
+
+def test_copies_on_two_machines_of_two_processes_end_alike(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def patch() -> None:
+        from sfumato.distributed import launch
+
+        become = launch._become
+
+        def two_machines(rank: int, count: int, folder: Path) -> None:
+            import os
+
+            become(rank, count, folder)
+            os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
+
+        launch._become = two_machines
+
+    run = runs.train("dit", "--procs", "4", "distributed=hybrid", patch=patch)
+    assert difference(run, runs.alone("dit")) < 1e-6
+
+
+def test_looks_and_searched_copies_are_those_of_one_process(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfumato.training.looks.FREE_S", 1e9)
+    alone = runs.alone("validated")
+    run = runs.train("validated", *TWO)
+
+    def read(path: Path) -> list[dict[str, object]]:
+        lines = map(json.loads, (path / "looks.jsonl").read_text().splitlines())
+        return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
+
+    assert read(run) == read(alone)
+    assert sorted(path.name for path in (run / "best").iterdir()) == sorted(
+        path.name for path in (alone / "best").iterdir()
+    )
