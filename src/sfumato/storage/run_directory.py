@@ -126,7 +126,7 @@ class RunDirectory:
         A stage has no configuration file.
         """
         stage = RunDirectory(self.path / name, root=self.root)
-        for folder in (stage.checkpoints, stage.samples):
+        for folder in (stage.checkpoints, stage.samples) if stage.writes else ():
             folder.mkdir(parents=True, exist_ok=True)
         return stage
 
