@@ -70,11 +70,11 @@ def normal(
 
 
 class _Samples(NamedTuple):
-    """The samples that layers draw for: training's, from number `first` on."""
+    """The samples that layers draw for: `number` of training's, from number `first` on."""
 
     seed: int
     first: int
-    count: int
+    number: int
 
 
 _samples: _Samples | None = None

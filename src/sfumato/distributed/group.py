@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from sfumato.distributed.world import STORE, World
+from sfumato.distributed.world import STORE, World, alone
 from sfumato.errors import PeerError
 from sfumato.process import watchdog
 from sfumato.process.signals import Interrupted
@@ -28,12 +28,8 @@ class Group(World):
     """The processes of a torch process group."""
 
     def __init__(self, rank: int, size: int, local_rank: int, per_machine: int) -> None:
-        self.rank, self.size, self.local_rank, self.per_machine = (
-            rank,
-            size,
-            local_rank,
-            per_machine,
-        )
+        super().__init__(rank)
+        self.size, self.local_rank, self.per_machine = size, local_rank, per_machine
 
     @classmethod
     def join(cls, rank: int, size: int, local_rank: int, per_machine: int) -> Group:
@@ -72,6 +68,13 @@ class Group(World):
             torch.distributed.all_gather(parts, padded)
         return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
+    def gather_equal(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, by rank."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with _lost_peers():
+            torch.distributed.all_gather(parts, tensor.contiguous())
+        return parts
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over all processes, in one reduction for each dtype."""
         with _lost_peers():
@@ -84,16 +87,23 @@ class Group(World):
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do some work in the first process only; see `World.on_first`."""
-        result, error = _attempt(work) if self.is_first else (None, None)
+        result, error = self._attempt(work) if self.is_first else (None, None)
         outcome = self._outcomes(_outcome(result, error), error)[0]
         return cast(T, result if self.is_first and error is None else _opened(outcome, error))
 
     def together(self, work: Callable[[], T]) -> T:
         """Do some work in all processes at once; see `World.together`."""
-        result, error = _attempt(work)
+        result, error = self._attempt(work)
         for outcome in self._outcomes(_outcome(None, error), error):
             _opened(outcome, error)
         return cast(T, result)
+
+    def _attempt(self, work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        try:
+            with alone(self.rank):
+                return work(), None
+        except BaseException as error:
+            return None, error
 
     def _outcomes(
         self, outcome: dict[str, Any], error: BaseException | None
@@ -109,7 +119,7 @@ class Group(World):
         turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
         result: Any = None
         for number in range(3):
-            result, error = _attempt(work) if turn == number else (result, None)
+            result, error = self._attempt(work) if turn == number else (result, None)
             for outcome in self._outcomes(_outcome(None, error), error):
                 _opened(outcome, error)
         return cast(T, result)
@@ -123,13 +133,6 @@ class Group(World):
 def _by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     types = dict.fromkeys(tensor.dtype for tensor in tensors)
     return [[tensor for tensor in tensors if tensor.dtype is dtype] for dtype in types]
-
-
-def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-    try:
-        return work(), None
-    except BaseException as error:
-        return None, error
 
 
 def _outcome(result: Any, error: BaseException | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from sfumato.errors import ConfigError
+from sfumato.process import signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,9 @@ class World:
 
     rank, size, local_rank, per_machine = 0, 1, 0, 1
 
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+
     @property
     def is_first(self) -> bool:
         """Whether this process writes the run's files, and shows its progress."""
@@ -43,13 +47,18 @@ class World:
         """Return the values of all processes, by rank; they are plain data, as JSON holds them."""
         return [value]
 
+    def gather_equal(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, by rank; they have equal shapes."""
+        return [tensor]
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors, of one device, by their sums over all processes."""
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do some work in the first process only, and return its result in all.
 
-        The result is plain data, as JSON holds it.
+        The result is plain data, as JSON holds it. For the work, this process is the only one: the
+        others wait.
 
         Raises:
             Exception: what the work raises, in the first process.
@@ -78,7 +87,28 @@ class World:
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return the items that fall to this process: every `size`-th one."""
-        return items[self.rank :: self.size]
+        return items[self.rank % self.size :: self.size]
+
+    def span(self, count: int) -> slice:
+        """Return which of `count` things this process does where all must do equally many: the last
+        processes' spans overlap if they do not divide evenly.
+        """
+        each = -(-count // self.size)
+        begin = min(self.rank % self.size * each, count - each)
+        return slice(begin, begin + each)
+
+    def join_spans(self, own: Tensor, count: int) -> Tensor:
+        """Return `count` rows from the spans of all processes, each of which has those of its own."""
+        parts = self.gather_equal(own)
+        each = len(own)
+        begins = [min(rank * each, count - each) for rank in range(len(parts))]
+        return _concatenate(
+            [
+                part[rank * each - begin :]
+                for rank, (begin, part) in enumerate(zip(begins, parts, strict=True))
+                if rank * each < count
+            ]
+        )
 
     @property
     def agreement(self) -> Callable[[int], int] | None:
@@ -88,6 +118,26 @@ class World:
 
 _SINGLE = World()
 _current = _SINGLE
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    import torch
+
+    return torch.cat(parts)
+
+
+@contextmanager
+def alone(rank: int) -> Iterator[None]:
+    """Let this process work as if there were no others; it keeps its number."""
+    global _current
+    before, _current = _current, World(rank)
+    try:
+        with signals.agreed_by(None):
+            yield
+    finally:
+        _current = before
 
 
 def seconds() -> float:

@@ -24,6 +24,7 @@ from sfumato.diffusion import (
     NoiseLevel,
     WithCondition,
 )
+from sfumato.distributed import current
 from sfumato.errors import ConfigError, NonFiniteError, ShapeError
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.generated import Generated
@@ -233,16 +234,21 @@ class Pipeline:
         batch_size: int = 64,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
-        """Generate images as `sample` does, from tensors that are known to fit the model."""
+        """Generate images as `sample` does, from tensors that are known to fit the model; of several
+        processes, each generates some of them.
+        """
+        world, num = current(), len(request.start)
+        span = world.span(num)
         batches = self.batches(
-            len(request.start),
+            num,
             request,
             SamplingOptions(guidance=guidance),
             seed=seed,
             batch_size=batch_size,
+            skip=[*range(span.start), *range(span.stop, num)],
             on_step=on_step,
         )
-        return torch.cat([images for _, images in batches])
+        return world.join_spans(torch.cat([images for _, images in batches]), num)
 
     def batches(
         self,

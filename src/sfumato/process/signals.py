@@ -107,7 +107,7 @@ def agreed_by(agree: Callable[[int], int] | None) -> Iterator[None]:
             signals, 0 without one. None where this process stops alone.
     """
     handler = _active
-    if handler is None or agree is None:
+    if handler is None:
         yield
         return
     before, handler.agree = handler.agree, agree

@@ -129,8 +129,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
         directory.write_status("preparing", 0)
         _write_description(prepared, directory)
         dataset, seconds = _run_to_the_end(build_trainer(prepared, directory))
-        if directory.writes:
-            sweep_after_training(directory.path, prepared.run, dataset, seconds=seconds)
+        world.on_first(lambda: _sweep(directory.path, prepared.run, dataset, seconds))
     _report(directory)
     return directory.path
 
@@ -200,7 +199,7 @@ def resume(
         accepts_data: whether the run goes on if its data have changed: images were added, for
             example. A new epoch of them then begins.
     """
-    with _supervised():
+    with _supervised() as world:
         directory = RunDirectory.existing(Path(path))
         directory.require_trainable()
         with directory.locked():
@@ -209,8 +208,7 @@ def resume(
                 return directory.path
             dataset, seconds = _run_to_the_end(trainer)
             del trainer  # its memory is needed again
-            if directory.writes:
-                sweep_after_training(directory.path, resolve(path), dataset, seconds=seconds)
+            world.on_first(lambda: _sweep(directory.path, resolve(path), dataset, seconds))
         _report(directory)
     return directory.path
 
@@ -235,6 +233,10 @@ def _continued(
         return None
     console().print(f"resuming at step {reached}")
     return trainer
+
+
+def _sweep(path: Path, run: Run, dataset: Dataset, seconds: float) -> None:
+    sweep_after_training(path, run, dataset, seconds=seconds)
 
 
 def _run_to_the_end(trainer: Trainer) -> tuple[Dataset, float]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.condition import Condition
 from sfumato.diffusion import Denoiser, NoiseLevel, Schedule, weighted_mean
+from sfumato.distributed import current
 from sfumato.process.signals import poll
 
 FEW_IMAGES = 12  # held out, below which they stand for themselves alone
@@ -139,7 +140,8 @@ def measure(
         condition: of the images, (P, ...); or one of all.
     """
     parts: list[list[Tensor]] = [[], [], [], []]
-    for part in _parts(triples, batch_size):
+    world, total = current(), len(triples)
+    for part in _parts(world.span(total), batch_size):
         poll()
         x0, noise, level = triples.part(part)
         rows = triples.image[part]
@@ -147,8 +149,9 @@ def measure(
         for offset, error in enumerate((denoised.eps - noise, denoised.x0 - x0)):
             parts[offset].append(triples.mean(error.double().square(), part).cpu())
             parts[offset + 2].append(triples.mean(error.double().abs(), part).cpu())
+    own = torch.stack([torch.cat(part) for part in parts], dim=1)
     eps_square, x0_square, eps_absolute, x0_absolute = (
-        triples.table(torch.cat(part)) for part in parts
+        triples.table(values) for values in world.join_spans(own, total).unbind(1)
     )
     return Errors(
         eps_square=eps_square,
@@ -164,7 +167,7 @@ def predicted_noise(
 ) -> Tensor:
     """Run the denoiser on all triples, and return the predicted noise on the CPU, (n, C, H, W)."""
     predictions = []
-    for part in _parts(triples, batch_size):
+    for part in _parts(slice(0, len(triples)), batch_size):
         poll()
         x0, noise, level = triples.part(part)
         rows = triples.image[part]
@@ -173,9 +176,9 @@ def predicted_noise(
     return torch.cat(predictions)
 
 
-def _parts(triples: Triples, batch_size: int) -> list[slice]:
-    total = len(triples)
-    return [slice(at, min(at + batch_size, total)) for at in range(0, total, batch_size)]
+def _parts(span: slice, batch_size: int) -> list[slice]:
+    begins = range(span.start, span.stop, batch_size)
+    return [slice(begin, min(begin + batch_size, span.stop)) for begin in begins]
 
 
 def _rows(rows: Tensor) -> Callable[[Tensor], Tensor]:
