@@ -33,6 +33,7 @@ from sfumato.cli.finetune import finetune
 from sfumato.cli.metavars import explain_values
 from sfumato.cli.report import report
 from sfumato.cli.sample import sample
+from sfumato.cli.slurm import slurm
 from sfumato.cli.sweep import sweep
 from sfumato.cli.system_errors import in_words
 from sfumato.cli.train import resume, train
@@ -52,7 +53,7 @@ app = typer.Typer(
 )
 for verb in (
     train, resume, finetune, sample, export, compare, evaluate, sweep, report, ema, explain, recipes, doctor,
-    convert_checkpoint,
+    convert_checkpoint, slurm,
 ):  # fmt: skip
     app.command(verb.__name__.replace("_", "-"))(verb)
 app.add_typer(config_app, name="config")

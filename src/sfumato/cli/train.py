@@ -45,6 +45,13 @@ def train(
             "stop.",
         ),
     ] = False,
+    world: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --dry-run: say what N processes would share and hold, 8 on each machine.",
+        ),
+    ] = None,
     config: Annotated[
         bool, typer.Option("--config", help="With --dry-run: print the configuration too, as YAML.")
     ] = False,
@@ -55,8 +62,8 @@ def train(
     """Train a model from a folder of images, a recipe or a YAML file."""
     from sfumato.recipes import early_checks
 
-    if (config or as_json) and not dry_run:
-        raise typer.BadParameter("--config and --json belong to --dry-run")
+    if (config or as_json or world is not None) and not dry_run:
+        raise typer.BadParameter("--config, --json and --world belong to --dry-run")
     early_checks.require(source, overrides or ())
     if not dry_run:
         start_processes(procs)
@@ -66,7 +73,7 @@ def train(
         return
     from sfumato.runs.dry_run import plan
 
-    dry_plan = plan(source, overrides=overrides or ())
+    dry_plan = plan(source, overrides=overrides or (), world=world)
     if as_json:
         typer.echo(json.dumps(dry_plan.plain(), indent=1))
     else:

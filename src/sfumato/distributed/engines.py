@@ -37,6 +37,11 @@ class Footprint:
         return 4 * (held / shards + gathered) / GIB
 
 
+def size_text(gib: float) -> str:
+    """Return a size in GiB, or in MiB if it is small."""
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{1024 * gib:.1f} MiB"
+
+
 def choose_name(
     name: EngineName, footprint: Footprint, *, memory_gib: float, size: int, per_machine: int
 ) -> EngineName:
@@ -93,5 +98,5 @@ def describe_engine(name: EngineName, footprint: Footprint, *, size: int, per_ma
     }[name]
     return (
         f"{size} processes: {held} (distributed={name}); weights, gradients, moments and averages take "
-        f"{footprint.gib(shards):.2f} GiB in each, activations not counted"
+        f"{size_text(footprint.gib(shards))} in each, activations not counted"
     )

@@ -18,6 +18,7 @@ from sfumato.runs.cost import CostEstimate, estimate_cost
 from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.plan_check import Finding, check_plan
 from sfumato.runs.preparation import prepare
+from sfumato.runs.world_plan import world_lines
 from sfumato.training.parameters import describe
 
 
@@ -93,14 +94,21 @@ class TrainingPlan:
         }
 
 
-def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan:
-    """Plan a training from a few real steps of it, which leave no files."""
-    return _plan(resolve_config(source, overrides))
+def plan(
+    source: str | Path | Run, *, overrides: Overrides = (), world: int | None = None
+) -> TrainingPlan:
+    """Plan a training from a few real steps of it, which leave no files.
+
+    Args:
+        world: the number of processes that it is planned for; the steps are still those of one.
+    """
+    return _plan(resolve_config(source, overrides), world)
 
 
-def _plan(chosen: ResolvedConfig) -> TrainingPlan:
+def _plan(chosen: ResolvedConfig, world: int | None = None) -> TrainingPlan:
     run = chosen.run
     prepared = prepare(run, listing=chosen.listing_of(run))
+    several = [] if world is None else world_lines(prepared, world)
     dataset, images = prepared.dataset, len(prepared.dataset.training)
     dataset_notes = [
         *_dataset_lines(dataset, describe(prepared.model)),
@@ -111,7 +119,7 @@ def _plan(chosen: ResolvedConfig) -> TrainingPlan:
     return TrainingPlan(
         run=run,
         images=images,
-        notes=(*chosen.reasons, *chosen.notes, *dataset_notes),
+        notes=(*chosen.reasons, *chosen.notes, *dataset_notes, *several),
         stages=tuple(stages),
         findings=tuple(problems),
         views=views,
