@@ -28,8 +28,8 @@ Every command prints its options with `--help`. `--debug` is accepted at any pos
 traceback for every error; `--allow-hub` lets a run that was made elsewhere fetch the models that it
 names; `--version` prints the version. Exit codes: 0 done, 1 a bug in sfumato, 2 an error that you can
 fix, 3 training diverged or a model's output is not finite, 74 the last checkpoint could not be
-written, 75 nothing moved any more; 129, 130 and 143 interrupted, with a checkpoint or finished images
-saved. Written by `docs/reference.py`.
+written, 75 nothing moved any more, 76 another process of the run has ended; 129, 130 and 143
+interrupted, with a checkpoint or finished images saved. Written by `docs/reference.py`.
 """
 CONFIGURATION = """# Configuration
 

@@ -351,11 +351,11 @@ def vault(error: Callable[[str], Exception], *, at: str) -> type:
 @pytest.fixture
 def failing(home: Path) -> Iterator[Callable[..., None]]:
     def install(error: Callable[[str], Exception], at: str) -> None:
-        files._system.cache_clear()
+        files.filesystem.cache_clear()
         fsspec.register_implementation("vault", vault(error, at=at), clobber=True)
 
     yield install
-    files._system.cache_clear()
+    files.filesystem.cache_clear()
     fsspec.register_implementation("vault", fsspec.AbstractFileSystem, clobber=True)
 
 
@@ -457,10 +457,10 @@ def test_paths_that_look_like_addresses_are_paths(
 def test_without_fsspec_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    files._system.cache_clear()
+    files.filesystem.cache_clear()
     monkeypatch.setitem(sys.modules, "fsspec", None)
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(DataError, match="nothing here can open memory://") as caught:
         source_at("memory://bucket/f")
     assert "sfumato[remote]" in caught.value.hint
-    files._system.cache_clear()
+    files.filesystem.cache_clear()

@@ -159,3 +159,25 @@ def test_looks_and_searched_copies_are_those_of_one_process(
     assert sorted(path.name for path in (run / "best").iterdir()) == sorted(
         path.name for path in (alone / "best").iterdir()
     )
+
+
+def test_samples_of_two_processes_are_those_of_one(runs: Runs, tmp_path: Path) -> None:
+    run, command = runs.alone("pixel"), ("--num", "7", "--steps", "3", "--trajectory")
+    for folder, more in (("one", ()), ("two", TWO)):
+        code, said = runs.lab.call("sample", run, *command, "--out", tmp_path / folder, *more)
+        assert code == 0, said
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 9  # the grid and the trajectory
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for lost in ("00001.png", "00005.png", "00006.png"):
+        (tmp_path / "two" / lost).unlink()
+    code, said = runs.lab.call("sample", run, *command, "--out", tmp_path / "two", *TWO, "--json")
+    assert code == 0, said
+    assert '"made": 6' in said  # and the first four, for the trajectory
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    code, said = runs.lab.call("sample", run, "--num", "3", "--seed", "4", *TWO)
+    assert code == 0, said
+    assert len(list((run / "generated" / "seed-4").glob("0*.png"))) == 3

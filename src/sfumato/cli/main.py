@@ -96,6 +96,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     keep_memory()
     exit_quickly()
+    launch.mute_others()
     be_patient()
     ignore_save_requests()
     debug = "--debug" in sys.argv

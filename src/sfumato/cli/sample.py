@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from sfumato.cli.model_options import LikeOption, LoraOption, PartialOption, VariantOption
+from sfumato.cli.procs import ProcsOption
 from sfumato.cli.sample_options import (
     number_of_images,
     parse_contexts,
@@ -19,9 +20,7 @@ from sfumato.cli.sample_options import (
     parse_size,
     parse_weights,
 )
-
-if TYPE_CHECKING:
-    pass
+from sfumato.distributed.launch import start_processes
 
 
 def sample(
@@ -193,6 +192,7 @@ def sample(
             "taken."
         ),
     ] = None,
+    procs: ProcsOption = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print files, settings and seconds as JSON.")
     ] = False,
@@ -200,8 +200,10 @@ def sample(
     """Generate images with a trained model; prints the path of the grid. The same command again
     completes what was interrupted.
     """
+    start_processes(procs)
     from sfumato.cli.sample_job import adjusted, build_request, generate, print_report
     from sfumato.cli.sample_output import recorded_file, recorded_loras, writable
+    from sfumato.distributed import joined
     from sfumato.generation.options import SamplingOptions
     from sfumato.runs import load, newest_run
     from sfumato.runs.loading import generated_folder
@@ -212,7 +214,7 @@ def sample(
     run = newest_run() if run is None else run
     folder = generated_folder(run)
     weights = resolved_weights(run, weights)
-    with writable(out or folder):
+    with joined(), writable(out or folder):
         pipeline = load(
             run, weights=parse_weights(weights), precision=precision, variant=variant, like=like
         )

@@ -64,6 +64,7 @@ def generate(
     """Generate and write the images; refuse what cannot be done before any work."""
     from sfumato.cli.sample_output import Generated, recorded_settings
     from sfumato.cli.sample_writer import SampleWriter, not_finite
+    from sfumato.distributed import current
     from sfumato.errors import NonFiniteError
     from sfumato.observability.image_formats import FORMATS, usual_format
 
@@ -81,7 +82,11 @@ def generate(
         options["out"] or options["folder"] / f"seed-{options['seed']}", kind, values, recorded
     )
     if options["out"] is None:
-        target = target.in_free_folder()
+        world = current()
+        if world.is_first:
+            target = target.in_free_folder()
+        folder = Path(world.gather(str(target.folder))[0])
+        target = replace(target, folder=folder, fresh=target.fresh and world.is_first)
     job = SampleWriter(
         pipeline=pipeline,
         target=target,

@@ -38,7 +38,7 @@ NUMBERED = re.compile(rf"(\d{{5,}})\.(?:{'|'.join(FORMATS)})")
 MOST_FOLDERS = 10_000
 # options that decide nothing in an image
 # `like` affects the weights, which are counted themselves
-WITHOUT_EFFECT = ("out", "folder", "trajectory", "compile", "as_json", "format", "like")
+WITHOUT_EFFECT = ("out", "folder", "trajectory", "compile", "as_json", "format", "like", "procs")
 BLOCK = 4096  # bytes: a full disk may still create a file, but not fill a block of it
 
 

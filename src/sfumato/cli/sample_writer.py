@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfumato.cli.sample_output import GRID, TRAJECTORY, Generated, unwritten, writable
 from sfumato.cli.trajectory_images import trajectory_image
+from sfumato.distributed import current
 from sfumato.errors import NonFiniteError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.image_formats import SETTINGS
@@ -65,13 +66,12 @@ class SampleWriter:
             Interrupted: after a signal; finished images are kept.
             NonFiniteError: if the model makes images that are not finite.
         """
-        target = self.target
-        target.require_unharmed(
-            [target.path(number).name for number in range(self.num)] + self._sheets()
-        )
-        there = target.there & frozenset(range(self.num))
+        target, world = self.target, current()
+        there = frozenset(world.on_first(self._there))
         skip = there - frozenset(range(STRIP_IMAGES)) if self.trajectory else there
-        target.notes(self.num, _say)
+        missing = [number for number in range(self.num) if number not in skip]
+        each = -(-len(missing) // world.size)  # one after another: the first ones are drawn larger
+        mine = missing[world.rank * each : (world.rank + 1) * each]
         if there:
             _say(
                 f"note: {len(there)} of {self.num} images are in {target.folder} already, made "
@@ -79,8 +79,8 @@ class SampleWriter:
             )
         with writable(target.folder, fresh=target.fresh):
             try:
-                self._make(make, skip)
-                sheets = self._draw()
+                world.together(lambda: self._make(make, frozenset(range(self.num)) - set(mine)))
+                sheets = world.on_first(self._draw)
             except OSError as error:
                 raise unwritten(
                     target.folder, error, f" ({self._written()} of {self.num} images are there)"
@@ -88,10 +88,19 @@ class SampleWriter:
         return {
             "folder": str(target.folder),
             "files": [str(target.path(number)) for number in range(self.num)],
-            **{name: str(path) for name, path in sheets.items()},
-            "made": self._done,
+            **sheets,
+            "made": sum(world.gather(self._done)),
             "settings": dict(target.settings),
         }
+
+    def _there(self) -> list[int]:
+        """Return which images are there already, once it is sure that nothing else would be harmed."""
+        target = self.target
+        target.require_unharmed(
+            [target.path(number).name for number in range(self.num)] + self._sheets()
+        )
+        target.notes(self.num, _say)
+        return [number for number in range(self.num) if number in target.there]
 
     def _sheets(self) -> list[str]:
         """Return the names of the files besides the images."""
@@ -155,7 +164,7 @@ class SampleWriter:
             "straight" if values.has_alpha else "none",
         )[0]
 
-    def _draw(self) -> dict[str, Path]:
+    def _draw(self) -> dict[str, str]:
         """Write the grid, and the trajectory if it was recorded; return their paths."""
         import torch
 
@@ -168,7 +177,7 @@ class SampleWriter:
                 decode=self.pipeline.decode,
                 alpha=alpha,
             )
-            sheets["trajectory"] = save_png(strip, self.target.folder / TRAJECTORY, settings)
+            sheets["trajectory"] = str(save_png(strip, self.target.folder / TRAJECTORY, settings))
         count = self._in_grid
         if count < self.num:
             _say(f"note: {GRID} shows the first {count} of {self.num} images")
@@ -177,7 +186,7 @@ class SampleWriter:
         }
         tiles = torch.stack([self._tile(number) for number in range(count)])
         sheet = grid_image(tiles, labels=self.labels[:count], inputs=inputs)
-        return sheets | {"grid": save_png(sheet, self.target.folder / GRID, settings)}
+        return sheets | {"grid": str(save_png(sheet, self.target.folder / GRID, settings))}
 
 
 def not_finite(error: NonFiniteError, run: Path, weights: str) -> NonFiniteError:

@@ -99,6 +99,14 @@ def resume(
             "epoch of them begins.",
         ),
     ] = False,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Fetch the run from its copy here first (checkpoint.mirror): for a machine that "
+            "has none.",
+        ),
+    ] = None,
     procs: ProcsOption = 1,
 ) -> None:
     """Resume a run from its latest checkpoint, bit for bit."""
@@ -106,5 +114,11 @@ def resume(
     from sfumato import runs
 
     typer.echo(
-        runs.resume(run, overrides=overrides or (), step=step, accepts_data=accept_data_change)
+        runs.resume(
+            run,
+            overrides=overrides or (),
+            step=step,
+            accepts_data=accept_data_change,
+            mirror=mirror,
+        )
     )

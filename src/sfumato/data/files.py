@@ -230,7 +230,7 @@ def remote_limit_bytes() -> int:
 
 
 @lru_cache(maxsize=256)
-def _system(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL, and the path in it."""
     protocol = url.partition(":")[0]
     try:
@@ -259,7 +259,7 @@ def _unreachable(url: str, error: Exception) -> DataError:
 
 def _query(url: str, question: str) -> Any:
     """Ask remote storage a question; turn whatever exception it raises into a DataError."""
-    system, path = _system(url)
+    system, path = filesystem(url)
     try:
         return getattr(system, question)(path)
     except Exception as error:
@@ -267,7 +267,7 @@ def _query(url: str, question: str) -> Any:
 
 
 def _remote_walk(root: str) -> list[str]:
-    base = _system(root)[1].rstrip("/")
+    base = filesystem(root)[1].rstrip("/")
     names = (name[len(base) + 1 :] for name in _query(root, "find"))
     return [name for name in names if name and not is_hidden(name.split("/"))]
 
@@ -282,7 +282,7 @@ def _fetch(url: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_path(target) as temporary:
-            system, path = _system(url)
+            system, path = filesystem(url)
             with temporary.open("wb") as file, system.open(path, "rb") as remote:
                 while block := remote.read(1 << 20):
                     file.write(block)

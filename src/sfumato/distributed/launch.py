@@ -62,6 +62,12 @@ def start_processes(count: int) -> None:
     sys.exit(code)
 
 
+def mute_others() -> None:
+    """Let only the first of several processes that another program has started write results."""
+    if int(os.environ.get("RANK", "0") or 0) > 0 and not is_forked():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 to the end of the process
+
+
 def is_forked() -> bool:
     """Return whether this process is one of those that `start_processes` has made."""
     return STORE in os.environ

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from sfumato import __version__
 from sfumato import config as configuration
-from sfumato.data import Dataset
 from sfumato.data.batch_plan import share_of
 from sfumato.distributed import World, current, joined
 from sfumato.errors import RunError, redact_secrets, without_secrets
@@ -39,6 +38,7 @@ from sfumato.storage import checkpoint
 from sfumato.storage.output_paths import safe_name
 from sfumato.storage.run_directory import RunDirectory, commit
 from sfumato.training import Trainer
+from sfumato.training.mirror import restore
 from sfumato.training.parameters import describe
 
 PREPARING_STALL_MINUTES = 120.0  # in which neither an image nor anything else is read
@@ -128,9 +128,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
     with directory.locked():
         directory.write_status("preparing", 0)
         _write_description(prepared, directory)
-        dataset, seconds = _run_to_the_end(build_trainer(prepared, directory))
-        world.on_first(lambda: _sweep(directory.path, prepared.run, dataset, seconds))
-    _report(directory)
+        _run_to_the_end(build_trainer(prepared, directory), prepared.run, directory)
     return directory.path
 
 
@@ -189,6 +187,7 @@ def resume(
     overrides: Overrides = (),
     step: int | None = None,
     accepts_data: bool = False,
+    mirror: str | None = None,
 ) -> Path:
     """Resume a run from its newest whole checkpoint, bit for bit; return the run directory.
 
@@ -198,18 +197,20 @@ def resume(
         step: the checkpoint to go on from, by default the newest; newer ones are set aside.
         accepts_data: whether the run goes on if its data have changed: images were added, for
             example. A new epoch of them then begins.
+        mirror: address of a copy of the run (`checkpoint.mirror`), from which it is fetched to a
+            machine that has none.
     """
     with _supervised() as world:
+        if mirror is not None:
+            fetched = world.on_first(lambda: str(restore(mirror, Path(path))))
+            console().print(f"fetched from the mirror: {fetched}", markup=False)
         directory = RunDirectory.existing(Path(path))
         directory.require_trainable()
         with directory.locked():
             trainer = _continued(directory, overrides, step=step, accepts_data=accepts_data)
             if trainer is None:
                 return directory.path
-            dataset, seconds = _run_to_the_end(trainer)
-            del trainer  # its memory is needed again
-            world.on_first(lambda: _sweep(directory.path, resolve(path), dataset, seconds))
-        _report(directory)
+            _run_to_the_end(trainer, resolve(path), directory)
     return directory.path
 
 
@@ -235,22 +236,24 @@ def _continued(
     return trainer
 
 
-def _sweep(path: Path, run: Run, dataset: Dataset, seconds: float) -> None:
-    sweep_after_training(path, run, dataset, seconds=seconds)
-
-
-def _run_to_the_end(trainer: Trainer) -> tuple[Dataset, float]:
-    """Train; return the dataset, and how many seconds the run has trained in all."""
+def _run_to_the_end(trainer: Trainer, run: Run, directory: RunDirectory) -> None:
+    """Train; then compare settings of sampling, and write the report, in the first process."""
     trainer.run()
-    return trainer.dataset, trainer.state.counters.seconds
+    dataset, seconds, mirror = trainer.dataset, trainer.state.counters.seconds, trainer.saver.mirror
+
+    def finish() -> None:
+        sweep_after_training(directory.path, run, dataset, seconds=seconds)
+        _report(directory.path)
+        if mirror is not None and (warning := mirror.try_push()):
+            console().print(warning, markup=False)
+
+    current().on_first(finish)
 
 
-def _report(directory: RunDirectory) -> None:
+def _report(path: Path) -> None:
     """Write the report of a run; without a place for it, only a warning is printed."""
-    if not directory.writes:
-        return
     try:
-        console().print(f"report: {write_report(directory.path)}", markup=False)
+        console().print(f"report: {write_report(path)}", markup=False)
     except (OSError, RunError) as error:
         console().print(f"warning: the report could not be written: {error}", markup=False)
 

@@ -30,6 +30,7 @@ from sfumato.storage.atomic import atomic_folder, atomic_path, write_text
 from sfumato.storage.manifest import require_files, table_of_files
 from sfumato.storage.untrusted import read_json, read_tensors
 
+MANIFEST = "manifest.json"
 SCHEMA = 2
 NAME = re.compile(r"step-(\d{9,})")
 
@@ -101,7 +102,7 @@ def save(
                 "sound": sound,
                 "files": files,
             }
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"could not be written: {error}",
@@ -125,7 +126,7 @@ def _prune(root: Path, keep: int) -> None:
 def _is_sound(path: Path) -> bool:
     """Return whether the loss was in its usual range; True if the manifest does not say."""
     try:
-        return bool(read_json(path / "manifest.json").get("sound", True))
+        return bool(read_json(path / MANIFEST).get("sound", True))
     except CheckpointError:
         return True  # `load` says what is wrong with it
 
@@ -408,7 +409,18 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: naming the file that is missing, truncated or altered.
         ForeignCheckpointError: if another version of sfumato wrote it.
     """
-    manifest = read_json(path / "manifest.json")
+    names = require_whole(path)
+    tensors = {
+        Path(name).stem: read_tensors(path / name, finite=Path(name).stem != "optimizer")
+        for name in names
+        if name.endswith(".safetensors")
+    }
+    return Checkpoint(path=path, state=read_json(path / "state.json"), tensors=tensors)
+
+
+def require_whole(path: Path) -> list[str]:
+    """Return the names of a checkpoint's files, which are as its manifest says; see `load`."""
+    manifest = read_json(path / MANIFEST)
     schema = manifest.get("schema")
     if schema != SCHEMA:
         raise ForeignCheckpointError(
@@ -416,13 +428,7 @@ def load(path: Path) -> Checkpoint:
             where=str(path),
             hint="use that version; nothing was changed",
         )
-    names = require_files(path, manifest.get("files"))
-    tensors = {
-        Path(name).stem: read_tensors(path / name, finite=Path(name).stem != "optimizer")
-        for name in names
-        if name.endswith(".safetensors")
-    }
-    return Checkpoint(path=path, state=read_json(path / "state.json"), tensors=tensors)
+    return require_files(path, manifest.get("files"))
 
 
 def configuration_of(path: Path) -> dict[str, Any]:

@@ -110,9 +110,12 @@ class CheckpointConfig(Cadence):
 
     Attributes:
         keep: checkpoints that are kept, the newest ones.
+        mirror: address that the run is copied to after each checkpoint, such as s3://bucket/run
+            or a folder; "" for none.
     """
 
     keep: Count = 2
+    mirror: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

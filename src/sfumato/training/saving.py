@@ -22,6 +22,7 @@ from sfumato.storage.untrusted import first_not_finite
 from sfumato.training import post_hoc_ema
 from sfumato.training.guard import WINDOW, UnstableError
 from sfumato.training.hooks import SNAPSHOTS
+from sfumato.training.mirror import Mirror
 from sfumato.training.parameters import count, trainable
 from sfumato.training.state import average_name
 
@@ -48,6 +49,9 @@ class RunSaver:
     def __init__(self, trainer: Trainer, *, writes_frozen: bool) -> None:
         self.trainer, self._writes_frozen, self._frozen = trainer, writes_frozen, ""
         self._background, self._retry_at = BackgroundWriter(), math.inf
+        mirror = trainer.config.checkpoint.mirror
+        self.mirror = Mirror(mirror, trainer.directory.root) if mirror else None
+        self._mirror_error = ""
 
     def save(self, bar: ProgressBar) -> None:
         """Save a checkpoint beside training; if that fails, it is tried again later.
@@ -68,6 +72,9 @@ class RunSaver:
     def has_failed(self, bar: ProgressBar) -> bool:
         """Say if the last checkpoint could not be written, and whether it is time to try again."""
         self._attempt(bar, self._background.raise_if_failed)
+        error, self._mirror_error = self._mirror_error, ""
+        if error:
+            bar.say(error)
         return time.monotonic() > self._retry_at
 
     def _attempt(self, bar: ProgressBar, save: Callable[[], object]) -> None:
@@ -233,7 +240,12 @@ class RunSaver:
             keep=self.trainer.config.checkpoint.keep,
             sound=self.trainer.state.counters.sound,
         )
-        return lambda tensors: write(tensors=tensors)
+
+        def save_and_copy(tensors: Groups) -> None:
+            write(tensors=tensors)
+            self._mirror_error = "" if self.mirror is None else self.mirror.try_push()
+
+        return save_and_copy
 
     def _save_frozen(self) -> str:
         """Return the hash of the frozen parameters, and write them if the run keeps them."""

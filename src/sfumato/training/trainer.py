@@ -474,7 +474,7 @@ class Trainer:
     def _backward_in_memory(self, batch: Batch, dtype: torch.dtype) -> SampleLosses:
         """Run `_backward`, in smaller micro-batches where memory does not suffice.
 
-        Gradients are the same up to rounding; what draws by micro-batch, such as dropout, is not.
+        Gradients are the same up to rounding.
         """
         while True:
             try:

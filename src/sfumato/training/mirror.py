@@ -1,0 +1,204 @@
+"""A copy of a run in another place: on a store of objects, or on another disk.
+
+A checkpoint there is whole, or is not seen: its manifest is written last, and older ones are removed
+afterwards. An empty machine goes on from it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sfumato.data.files import UnsafePath, check_relative, filesystem
+from sfumato.errors import CheckpointError, RunError, SfumatoError, redact_secrets
+from sfumato.storage.atomic import atomic_folder, atomic_path
+from sfumato.storage.checkpoint import MANIFEST, require_whole
+
+T = TypeVar("T")
+
+ATTEMPTS, PAUSE_S = 3, 0.5  # of each call to the store, and the first pause, which doubles
+# what is of this machine only, or can be made again
+LEFT_OUT = (".lock", "local.json", "stacks.txt")
+FOLDERS_LEFT_OUT = ("generated",)
+CHECKPOINTS = "checkpoints"
+
+
+class MirrorError(SfumatoError):
+    """A mirror that cannot be read or written."""
+
+
+class Mirror:
+    """The copy of one run.
+
+    Args:
+        url: any address of fsspec, such as s3://bucket/run, or a folder.
+        run: the run's directory.
+    """
+
+    def __init__(self, url: str, run: Path) -> None:
+        self.url, self.run = url, run
+        self._sent: dict[str, tuple[int, int]] = {}
+
+    def push(self) -> None:
+        """Make the copy equal to the run: its files, then its checkpoints, each with its manifest
+        last; then remove what the run has removed.
+
+        Raises:
+            MirrorError: if the store cannot be written to; a checkpoint that is there stays whole.
+        """
+        system, root = self._opened()
+        steps = sorted(path for path in (self.run / CHECKPOINTS).glob("step-?????????"))
+        for path in self._files():
+            self._send(system, root, path)
+        for step in steps:
+            for path in sorted(step.iterdir(), key=lambda path: path.name == MANIFEST):
+                self._send(system, root, path)
+        kept = {step.name for step in steps}
+        for name in self._steps(system, root) - kept if kept else ():
+            place = f"{root}/{CHECKPOINTS}/{name}"
+            if self._try(partial(system.exists, f"{place}/{MANIFEST}")):
+                self._try(partial(system.rm_file, f"{place}/{MANIFEST}"))
+            self._try(partial(system.rm, place, recursive=True))
+
+    def try_push(self) -> str:
+        """Make the copy equal to the run; return a warning if that fails, "" if not."""
+        try:
+            self.push()
+        except (MirrorError, OSError) as error:
+            return f"warning: the mirror is not up to date, the run itself is: {error}"
+        return ""
+
+    def pull(self) -> Path:
+        """Copy the run to this machine, with its newest whole checkpoint; return that.
+
+        Raises:
+            MirrorError: if there is none, or the store cannot be read.
+        """
+        system, root = self._opened()
+        if not self._try(lambda: system.exists(f"{root}/config.yaml")):
+            raise MirrorError(
+                "holds no run", where=self.url, hint="name the address that checkpoint.mirror had"
+            )
+        refused: list[str] = []
+        for name in sorted(self._steps(system, root), reverse=True):
+            manifest = f"{root}/{CHECKPOINTS}/{name}/{MANIFEST}"
+            if not self._try(partial(system.exists, manifest)):
+                continue
+            try:
+                return self._fetch(system, root, name)
+            except CheckpointError as error:
+                refused.append(str(error))
+        raise MirrorError(
+            "holds no whole checkpoint" + "".join(f"; {line}" for line in refused), where=self.url,
+            hint="train a new run",
+        )  # fmt: skip
+
+    def _fetch(self, system: Any, root: str, step: str) -> Path:
+        """Copy a checkpoint, and the other files of the run; the configuration comes last."""
+        final = self.run / CHECKPOINTS / step
+        with atomic_folder(final, durable=True) as temporary:
+            for place in self._listed(system, f"{root}/{CHECKPOINTS}/{step}"):
+                self._get(system, f"{root}/{CHECKPOINTS}/{step}/{place}", temporary / place)
+            require_whole(temporary)
+        names = [
+            name
+            for name in self._listed(system, root)
+            if not name.startswith(f"{CHECKPOINTS}/step-") and name not in LEFT_OUT
+        ]
+        for name in sorted(names, key=lambda name: name == "config.yaml"):
+            target = self.run / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(target, durable=True) as temporary:
+                self._get(system, f"{root}/{name}", temporary)
+        (self.run / "samples").mkdir(exist_ok=True)
+        return final
+
+    def _files(self) -> Iterator[Path]:
+        """Yield the files of the run besides its checkpoints."""
+        for path in sorted(self.run.rglob("*")):
+            parts = path.relative_to(self.run).parts
+            if not path.is_file() or any(part.startswith(".tmp-") for part in parts):
+                continue
+            if parts[0] in FOLDERS_LEFT_OUT or path.name in LEFT_OUT:
+                continue
+            if CHECKPOINTS in parts[:-1] and parts[parts.index(CHECKPOINTS) + 1].startswith(
+                "step-"
+            ):
+                continue
+            yield path
+
+    def _send(self, system: Any, root: str, path: Path) -> None:
+        """Write a file, unless it was written as it is now."""
+        name, status = path.relative_to(self.run).as_posix(), path.stat()
+        state = (status.st_size, status.st_mtime_ns)
+        if self._sent.get(name) == state:
+            return
+        parent = f"{root}/{name}".rpartition("/")[0]
+        self._try(lambda: system.makedirs(parent, exist_ok=True))
+        self._try(partial(system.put_file, str(path), f"{root}/{name}"))
+        self._sent[name] = state
+
+    def _get(self, system: Any, place: str, target: Path) -> None:
+        self._try(partial(system.get_file, place, str(target)))
+
+    def _steps(self, system: Any, root: str) -> set[str]:
+        """Return the names of the checkpoints there, also of those that are not whole."""
+        place = f"{root}/{CHECKPOINTS}"
+        if not self._try(lambda: system.exists(place)):
+            return set()
+        names = {
+            str(entry).rstrip("/").rpartition("/")[2]
+            for entry in self._try(lambda: system.ls(place, detail=False))
+        }
+        return {name for name in names if name.startswith("step-") and name[5:].isdecimal()}
+
+    def _listed(self, system: Any, place: str) -> list[str]:
+        """Return the names of all files below a place; none of them leads elsewhere."""
+        prefix = place.lstrip("/") + "/"
+        names = [
+            str(found).lstrip("/").removeprefix(prefix)
+            for found in self._try(lambda: system.find(place))
+        ]
+        try:
+            return [check_relative(name) for name in names]
+        except UnsafePath as error:
+            raise MirrorError(
+                str(error), where=self.url, hint="this is not a mirror of a run"
+            ) from None
+
+    def _opened(self) -> tuple[Any, str]:
+        system, root = filesystem(self.url)
+        self._try(system.invalidate_cache)
+        return system, root.rstrip("/")
+
+    def _try(self, call: Callable[[], T]) -> T:
+        """Call the store, and again after a pause if that fails."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return call()
+            except Exception as error:  # each store has its own
+                if attempt == ATTEMPTS - 1:
+                    raise MirrorError(
+                        f"{type(error).__name__}: {redact_secrets(str(error))[:200]}", where=self.url,
+                        hint="check the address, the network and your credentials for it",
+                    ) from None  # fmt: skip
+                time.sleep(PAUSE_S * 2**attempt)
+        raise AssertionError
+
+
+def restore(url: str, run: Path) -> Path:
+    """Copy a run from its mirror into a folder that has none; return its newest checkpoint.
+
+    Raises:
+        RunError: if there is a run already.
+        MirrorError: if there is none at the address.
+    """
+    if (run / "config.yaml").exists():
+        raise RunError(
+            "there is already a run here", where=str(run),
+            hint="resume it without --mirror, or name an empty folder",
+        )  # fmt: skip
+    return Mirror(url, run).pull()
