@@ -44,7 +44,13 @@ def peak(name: str, side: int, batch: int) -> dict[str, float]:
         trainer = our_trainer(side, batch, Path(folder), "bfloat16", NETWORKS[name])
         images = torch.rand(batch, 3, side, side) * 2 - 1
         for _ in range(2):
-            trainer.train_step(Batch(first=0, size=len(images), groups=[ShapeGroup(first=0, images=images, context={})]))
+            trainer.train_step(
+                Batch(
+                    first=0,
+                    size=len(images),
+                    groups=[ShapeGroup(first=0, images=images, context={})],
+                )
+            )
         size = sum(p.numel() for p in trainer.state.model.parameters())
     if torch.cuda.is_available():
         return {"peak": torch.cuda.max_memory_allocated(), "before": 0, "parameters": size}

@@ -23,6 +23,7 @@ from peer_unconditional import PeerTrainer, build_peer
 from PIL import Image
 
 from sfumato.data import Batch, DataConfig, Folder, ShapeGroup, index
+from sfumato.distributed.sharding import EngineName
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes import Run
 from sfumato.runs.cost import trial_trainer
@@ -42,6 +43,7 @@ def our_trainer(
     precision: str,
     network: NetworkConfig = NETWORK,
     channels: int = 3,
+    distributed: EngineName = "replicate",
 ) -> Trainer:
     """A trainer of the default U-Net, or another; the images on disk are only there because a
     trainer wants some.
@@ -60,6 +62,7 @@ def our_trainer(
         budget=Budget(steps=10**6),
         validation=ValidationConfig(samples=10),
         precision=precision,
+        distributed=distributed,
     )
     dataset = index(run.data)
     info = conditioning_info(run, dataset)
@@ -78,7 +81,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = our_trainer(asked.resolution, asked.batch, Path(folder), precision)
         device = trainer.device
-        batch = Batch(first=0, size=len(images), groups=[ShapeGroup(first=0, images=images, context={})])
+        batch = Batch(
+            first=0, size=len(images), groups=[ShapeGroup(first=0, images=images, context={})]
+        )
         parameters = sum(p.numel() for p in trainer.state.model.parameters())
         peer_defaults = PeerTrainer(
             build_peer(PEER_PARAMETERS, asked.resolution, 8).to(device),

@@ -65,7 +65,9 @@ def candidates(
     if compiled:
         trainer.task.core(trainer.state.model).compile()
     images = torch.rand(batch, CHANNELS, SIDE, SIDE, device=device) * 2 - 1
-    given = Batch(first=0, size=len(images), groups=[ShapeGroup(first=0, images=images.cpu(), context={})])
+    given = Batch(
+        first=0, size=len(images), groups=[ShapeGroup(first=0, images=images.cpu(), context={})]
+    )
     found: dict[str, Callable[[], object]] = {"ours": lambda: trainer.train_step(given)}
     if isinstance(network, DiTConfig):
         theirs = PeerTrainer(peer(network, CHANNELS).to(device), bf16=True)

@@ -349,3 +349,24 @@ def test_torchrun_starts_a_failed_run_again(runs: Runs, tmp_path: Path) -> None:
     assert mark.exists()
     assert difference(run, two(runs)) == 0
     assert json.dumps(losses(run)) == json.dumps(losses(two(runs)))
+
+
+@pytest.mark.parametrize("engine", ["replicate", "shard"])
+def test_pictures_and_looks_that_cannot_be_written_end_nothing(runs: Runs, engine: str) -> None:
+    def patch() -> None:
+        from sfumato.training import looks, monitors, saving
+
+        def full(*args: Any, **options: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monitors.Previewer._write = full  # type: ignore[method-assign]
+        looks.write_text = saving.checkpoint.save_snapshot = full  # type: ignore[attr-defined]
+
+    run = runs.lab.new("full")
+    code, said = runs.lab.call(
+        "train", runs.recipe("validated"), "--run", run, *TWO, f"distributed={engine}", patch=patch
+    )
+    assert code == 0, said
+    assert "preview at step 7 failed" in said
+    assert "looks at step" in said
+    assert difference(run, runs.alone("dit")) < 1e-5

@@ -14,12 +14,14 @@ import torch.distributed
 from torch import Tensor
 
 from sfumato.distributed.world import STORE, World, alone
-from sfumato.errors import PeerError
+from sfumato.errors import CheckpointError, PeerError
 from sfumato.process import watchdog
 from sfumato.process.signals import Interrupted
 
 T = TypeVar("T")
 
+# errors of one process after which a run may go on: the others raise the same, and go on alike
+TOLERATED: dict[str, type[Exception]] = {"disk": OSError, "checkpoint": CheckpointError}
 # the watchdog ends a process that waits too long, with its stacks; after that long, torch does
 TIMEOUT = timedelta(hours=3)
 
@@ -139,7 +141,10 @@ def _outcome(result: Any, error: BaseException | None) -> dict[str, Any]:
     """Return what the other processes are told of some work."""
     if isinstance(error, Interrupted):
         return {"signal": error.exit_code - 128}
-    return {"result": result} if error is None else {"error": f"{type(error).__name__}: {error}"}
+    if error is None:
+        return {"result": result}
+    kind = next((name for name, type_ in TOLERATED.items() if isinstance(error, type_)), "")
+    return {"error": f"{type(error).__name__}: {error}", "kind": kind}
 
 
 def _opened(outcome: dict[str, Any], error: BaseException | None) -> Any:
@@ -151,7 +156,9 @@ def _opened(outcome: dict[str, Any], error: BaseException | None) -> Any:
         interrupted.is_said = True
         raise interrupted
     if "error" in outcome:
-        raise PeerError("another process of this run has failed: " + outcome["error"][:500])
+        raise TOLERATED.get(outcome["kind"], PeerError)(
+            "another process of this run has failed: " + outcome["error"][:500]
+        )
     return outcome.get("result")
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from sfumato.distributed import current
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 
@@ -48,8 +51,12 @@ def keep_best(trainer: Trainer, directory: RunDirectory, *, also: Collection[int
         also: steps whose weights are not removed.
     """
     weights = trainer.state.trained(trainer.state.average)
-    if not directory.writes:
-        return
+    current().on_first(lambda: _replace(trainer, directory, weights, also))
+
+
+def _replace(
+    trainer: Trainer, directory: RunDirectory, weights: dict[str, Tensor], also: Collection[int]
+) -> None:
     before = {step_of(path): path for path in directory.best.glob("step-*.safetensors")}
     written = checkpoint.save_snapshot(
         directory.best,

@@ -93,9 +93,6 @@ class Incident:
         counters = trainer.state.counters
         folder = trainer.directory.path / "incidents"
         file = folder / f"step-{counters.step:09d}.json"
-        if not trainer.directory.writes:
-            return file
-        folder.mkdir(exist_ok=True)
         content = {
             "reason": self.reason,
             "first_step": self.first,
@@ -112,7 +109,9 @@ class Incident:
                 if self.first <= row["step"] <= self.last
             ],
         }
-        write_text(file, json.dumps(finite_or_null(content), indent=1, ensure_ascii=False))
+        if trainer.directory.writes:
+            folder.mkdir(exist_ok=True)
+            write_text(file, json.dumps(finite_or_null(content), indent=1, ensure_ascii=False))
         return file
 
 

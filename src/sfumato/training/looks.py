@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sfumato.distributed import current, seconds
 from sfumato.generation.diffusion_model import Model
@@ -120,7 +120,7 @@ class Looks(Hook):
             with trainer.uncompiled():
                 looks.append(self._look(trainer, average, session))
             looks[-1] = self._with_samples(looks[-1], trainer, looks[:-1])
-            self._write(looks[-1])
+            current().on_first(partial(self._write, looks[-1]))
             found = verdict(looks)
             self._state = found.state
             if best(looks) is looks[-1]:
@@ -129,9 +129,8 @@ class Looks(Hook):
         self._announce(found, trainer, session, changed=found.state != before)
 
     def _write(self, look: Look) -> None:
-        if self.directory.writes:
-            with MetricsFile(self.directory.looks, after_step=look.step - 1) as file:
-                file.write(look.plain())
+        with MetricsFile(self.directory.looks, after_step=look.step - 1) as file:
+            file.write(look.plain())
 
     def _look(self, trainer: Trainer, average: Model, session: Session) -> Look:
         """Measure errors, and what the base of a fine-tuning says to them."""
@@ -208,13 +207,15 @@ class Looks(Hook):
                 needed.add(best(known).step)
         keep_best(trainer, self.directory, also=needed)
 
+    def _write_verdict(self, plain: dict[str, Any]) -> None:
+        self.directory.verdict.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.directory.verdict, json.dumps(plain, indent=1))
+
     def _announce(
         self, found: StoppingVerdict, trainer: Trainer, session: Session, *, changed: bool
     ) -> None:
         plain = {"step": found.step, **found.plain()}
-        if self.directory.writes:
-            self.directory.verdict.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.directory.verdict, json.dumps(plain, indent=1))
+        current().on_first(partial(self._write_verdict, plain))
         self.directory.remark(verdict=plain)
         session.bar.label(found.state)
         figures = [] if found.base is None else found.base.figures()

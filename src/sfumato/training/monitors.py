@@ -18,7 +18,7 @@ from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, enumerate_values
 from sfumato.data import Dataset, to_float
 from sfumato.diffusion import EmpiricalDenoiser, LinearDenoiser, Schedule
-from sfumato.distributed import seconds
+from sfumato.distributed import current, seconds
 from sfumato.errors import DataError
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
@@ -285,8 +285,9 @@ class Previewer:
         )
         request = ResolvedRequest.of(self.context, self.image_shape, self.num)
         images = pipeline.sample_request(request, seed=self.seed, on_step=on_step)
-        if not self.directory.writes:
-            return
+        current().on_first(lambda: self._write(images, step))
+
+    def _write(self, images: Tensor, step: int) -> None:
         folder = self.directory.samples / f"step-{step:09d}"
         settings = {
             "step": step,

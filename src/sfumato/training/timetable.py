@@ -37,5 +37,7 @@ class Timetable:
         """
         self._state.counters.done_s[name] = self._state.counters.seconds
         begun = seconds()
-        yield
-        self._cost_s[name] = seconds() - begun
+        try:
+            yield
+        finally:  # also where a warning follows: all processes ask for the time equally often
+            self._cost_s[name] = seconds() - begun

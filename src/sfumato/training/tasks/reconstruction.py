@@ -21,6 +21,7 @@ from sfumato.autoencoders.discriminator import (
 from sfumato.autoencoders.image_metrics import psnr, ssim
 from sfumato.config.bounds import Fraction, NonNegative, Positive, Size
 from sfumato.data import Batch, Dataset, ShapeGroup, to_float
+from sfumato.distributed import current
 from sfumato.errors import ConfigError
 from sfumato.networks.perceptual import Features, distance
 from sfumato.nn.accelerable import Accelerable
@@ -286,12 +287,10 @@ class Reconstruction:
         ]
         labels = ["real", "reconstructed"] * len(rows)
         sheet = grid_image((torch.cat(rows) + 1) / 2, columns=columns, row_labels=labels)
-        if self.directory.writes:
-            save_png(
-                sheet,
-                self.directory.samples / f"step-{step:09d}" / "grid.png",
-                {"step": step, "weights": "ema"},
-            )
+        folder = self.directory.samples / f"step-{step:09d}"
+        current().on_first(
+            lambda: str(save_png(sheet, folder / "grid.png", {"step": step, "weights": "ema"}))
+        )
 
     def forward_images(self, config: TrainingConfig) -> tuple[int, int]:
         """Return `preview.num`, and `validation.samples` twice: for the weights and
