@@ -183,16 +183,14 @@ def waiting(path: Path) -> float:
     """Share of a training step of a small U-Net that waits for data, from the cache."""
     from sfumato import recipes
     from sfumato.runs.cost import trial_trainer
-    from sfumato.runs.preparation import build_model, conditioning_info
+    from sfumato.runs.preparation import prepare
 
     overrides = {"precision": "bfloat16", "batch_size": BATCH}
     settings = recipes.resolve(str(path), overrides)
-    dataset = index(settings.data)
+    prepared = prepare(settings)
+    dataset = prepared.dataset
     with tempfile.TemporaryDirectory() as place:
-        info = conditioning_info(settings, dataset)
-        trainer = trial_trainer(
-            settings, build_model(settings, info), dataset, info, Path(place) / "run"
-        )
+        trainer = trial_trainer(prepared, Path(place) / "run")
         step = trainer.measure_step(steps=3)
     plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)
     supply = batches(dataset, plan, start=0)

@@ -27,7 +27,7 @@ from sfumato.distributed.sharding import EngineName
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes import Run
 from sfumato.runs.cost import trial_trainer
-from sfumato.runs.preparation import build_model, conditioning_info
+from sfumato.runs.preparation import PreparedRun, build_model, conditioning_info
 from sfumato.training import Budget, FixedEMA, Trainer, ValidationConfig
 
 NETWORK = UNetConfig(
@@ -68,7 +68,8 @@ def our_trainer(
     info = conditioning_info(run, dataset)
     model = build_model(run, info)
     model.network = network.build(image_channels=channels)
-    return trial_trainer(run, model, dataset, info, folder / "run")
+    prepared = PreparedRun(run=run, dataset=dataset, info=info, model=model)
+    return trial_trainer(prepared, folder / "run")
 
 
 def main() -> None:

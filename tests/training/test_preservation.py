@@ -88,7 +88,8 @@ def test_the_base_has_no_dropout_and_no_gradient() -> None:
     tuned.network.register_forward_hook(
         lambda module, inputs, output: targets.append((module.training, output.detach()))
     )
-    for _ in range(2):
+    for number in range(2):
+        randomness.key_layers(SEED, first=COUNT * number, count=COUNT)
         preservation.loss(tuned, x0, first=FIRST, dtype=torch.float32).sum().backward()
     assert [training for training, _ in targets] == [False, True, False, True]
     assert torch.equal(targets[0][1], targets[2][1])

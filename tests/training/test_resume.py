@@ -112,7 +112,7 @@ def test_a_signal_where_a_preview_or_validation_is_due_loses_neither(
 def test_negative_control_other_data_order_differs(stopped, whole, tmp_path, monkeypatch) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
     real = BatchPlan.batch
-    monkeypatch.setattr(BatchPlan, "batch", lambda self, step: real(self, step + 1))
+    monkeypatch.setattr(BatchPlan, "batch", lambda self, step, **of: real(self, step + 1, **of))
     changed = fingerprint(resume(run))
     assert changed["step"] == whole["step"]
     assert all(changed[name] != whole[name] for name in ("model", "ema", "optimizer", "losses"))

@@ -43,6 +43,13 @@ def pad_inputs(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, 
     return F.pad(x, (0, right, 0, below)), condition
 
 
+def unpadded(x: Tensor, height: int, width: int) -> Tensor:
+    """Return x (B, C, height or more, width or more) without its padding, as a tensor of its own: a
+    network that processes share must not return a view.
+    """
+    return x if x.shape[-2:] == (height, width) else x[..., :height, :width].clone()
+
+
 def join_maps(x: Tensor, condition: Condition) -> Tensor:
     """Concatenate the condition's maps, if it has any, to x (B, C, H, W) along channels."""
     if condition.spatial is None:

@@ -18,7 +18,7 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone, NetworkConfig
-from sfumato.networks.checks import check_inputs, join_maps, pad_inputs, resize_maps
+from sfumato.networks.checks import check_inputs, join_maps, pad_inputs, resize_maps, unpadded
 from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
 from sfumato.nn.init import zero_init
@@ -192,8 +192,7 @@ class UNet(Backbone, Widenable):
         x = self.middle_out(self.probe(self.middle(x, embedding, condition)), embedding)
         for up in self.up:
             x = up(x, decoder_embedding, condition, skips)
-        result: Tensor = self.output(F.silu(self.output_norm(x)))[..., :height, :width]
-        return result
+        return unpadded(self.output(F.silu(self.output_norm(x))), height, width)
 
     def input_layers(self) -> list[nn.Module]:
         """Return the first convolution."""

@@ -7,30 +7,29 @@ from torch import Tensor, nn
 from sfumato import randomness
 
 
-class SampleDropout(nn.Module):
-    """Sets a fraction of the values of x to 0 while training, and scales up the others.
+class SampleDropout(nn.Dropout):
+    """Sets a fraction p of the values of x to 0 while training, and scales up the others.
 
     The mask of a sample is a function of its number, so that micro-batches and processes do not
     change it; see `randomness.layer_uniform`. An ordinary dropout where no samples are known.
 
     Attributes:
-        fraction: of the values that are set to 0.
         name: of the layer in its network, set by `name_dropouts`.
 
     Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from
         overfitting".
     """
 
-    def __init__(self, fraction: float) -> None:
-        super().__init__()
-        self.fraction, self.name = fraction, ""
+    def __init__(self, p: float) -> None:
+        super().__init__(p)
+        self.name = ""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (B, ...) with a mask on it."""
-        if not (self.training and self.fraction):
+        if not (self.training and self.p):
             return x
         draws = randomness.layer_uniform(self.name, tuple(x.shape), x.device)
-        return x * (draws >= self.fraction).to(x.dtype) / (1 - self.fraction)
+        return x * (draws >= self.p).to(x.dtype) / (1 - self.p)
 
 
 def name_dropouts(network: nn.Module) -> None:

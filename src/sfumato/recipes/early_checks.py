@@ -79,6 +79,7 @@ KEYS = (
     "objective",
     "sampling",
     "sweep",
+    "distributed",
 )
 
 
