@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from scipy import stats
 from torch import Tensor
 
@@ -165,15 +166,21 @@ def layer_draws(
     first: int, count: int, shape: tuple[int, ...] = (3, 5), layer: str = "a"
 ) -> Tensor:
     randomness.key_layers(7, first=first, count=count)
-    return randomness.layer_uniform(layer, (count, *shape), torch.device("cpu"))
+    return drawn((count, *shape), layer)
+
+
+def drawn(shape: tuple[int, ...], layer: str = "a") -> Tensor:
+    return randomness.layer_uniform(randomness.layer_key(layer), shape, torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("unkeyed")
 def test_draws_in_layers_are_those_of_the_published_hash() -> None:
     draws = layer_draws(3, 4)
-    words = randomness._layer_keys("a", 4).numpy().view(np.uint32)
+    words = randomness._words(7, "layers", 3, 4, 1)[:, :1].view(np.uint32)
+    key = np.array(randomness.layer_key("a"), np.int32).view(np.uint32)
     with np.errstate(over="ignore"):
-        numbers = (words[:, :1] | np.uint32(1)) * np.arange(15, dtype=np.uint32) + words[:, 1:]
+        factor, offset = (words[:, :1] ^ key[0]) | np.uint32(1), words[:, 1:] ^ key[1]
+        numbers = factor * np.arange(15, dtype=np.uint32) + offset
     expected = (lowbias32(numbers) >> np.uint32(8)) * 2.0**-24
     assert torch.equal(draws.flatten(1), torch.from_numpy(expected).float())
 
@@ -186,9 +193,22 @@ def test_draws_in_layers_belong_to_samples_whatever_the_batch() -> None:
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(whole, layer_draws(10, 6, layer="b"))
     randomness.key_layers(7, first=10, count=3)
-    rows = randomness.layer_uniform("a", (6, 3, 5), torch.device("cpu"))
+    rows = drawn((6, 3, 5))
     assert torch.equal(rows[:3], whole[:3])
     assert not torch.equal(rows[3:], rows[:3])
+
+
+@pytest.mark.usefixtures("unkeyed")
+def test_draws_in_layers_do_not_break_the_graph_of_a_compiled_network() -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    key, cpu = randomness.layer_key("a"), torch.device("cpu")
+    compiled = torch.compile(
+        lambda: randomness.layer_uniform(key, (4, 3, 5), cpu), backend=counter, fullgraph=True
+    )
+    for first in range(0, 40, 4):
+        expected = layer_draws(first, 4)
+        assert torch.equal(compiled(), expected)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.usefixtures("unkeyed")
@@ -203,6 +223,8 @@ def test_draws_in_layers_are_uniform_and_independent() -> None:
     between = centred @ centred.T / 4096
     between.fill_diagonal_(0)
     assert float(between.abs().max()) < 6 / 4096**0.5
+    other = (layer_draws(0, 64, (4096,), "b").double() - 0.5) * 12**0.5
+    assert abs(float((centred * other).mean())) < 5 / count**0.5
     for step in (1, 2, 64, 512):  # neighbours in a row, in a column, in a channel
         assert abs(float((centred[:, step:] * centred[:, :-step]).mean())) < 5 / count**0.5
     kept = (draws >= 0.1).double().mean(1)  # not the same number in each sample

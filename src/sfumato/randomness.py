@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio, as a signed number
 WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words for each value of its counter
 
 
@@ -69,61 +69,53 @@ def normal(
     return draws.view(count, -1)[:, :size].to(torch.float32).reshape(shape)
 
 
-class _Samples(NamedTuple):
-    """The samples that layers draw for: `number` of training's, from number `first` on."""
-
-    seed: int
-    first: int
-    number: int
+_samples: Tensor | None = None  # two words for each sample of training that passes through, (n, 2)
 
 
-_samples: _Samples | None = None
-
-
-def key_layers(seed: int, *, first: int, count: int) -> None:
+def key_layers(seed: int, *, first: int, count: int, device: torch.device | str = "cpu") -> None:
     """Say which samples of training pass through the network next, for layers that draw.
 
     Layers of other libraries draw from torch's stream, which is seeded.
     """
     global _samples
-    _samples = _Samples(seed, first, count)
+    words = _words(seed, "layers", first, count, 1)[:, :1]
+    _samples = torch.from_numpy(words.view(np.int32)).to(device)
     _seed_stream(((seed << 40) + first) % 2**63)
 
 
-def layer_uniform(layer: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def layer_key(name: str) -> tuple[int, int]:
+    """Return two numbers that stand for a layer, for `layer_uniform`."""
+    digest = hashlib.sha256(f"layer {name}".encode()).digest()
+    first, second = (int.from_bytes(digest[at : at + 4], "little", signed=True) for at in (0, 4))
+    return first, second
+
+
+def layer_uniform(layer: tuple[int, int], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Draw uniformly from [0, 1) in a layer, in 2^24 steps, float32; shape[0] is that of the batch.
 
     The draws of a sample are a function of (seed, layer, number of the sample), whatever the
-    micro-batch, the process or the order of memory, and the same when activations are recomputed.
+    micro-batch, the process or the order of memory, and the same when activations are recomputed. A
+    network that is called with several rows for each sample has them one batch after another.
     Where `key_layers` was never called, torch's stream is drawn from.
 
     Source: the hash of element numbers is C. Wellons's "lowbias32" (nullprogram.com/blog/2018/07/31).
     """
     if _samples is None:
         return torch.rand(shape, device=device)
-    words = _layer_keys(layer, shape[0]).to(device)
+    words = _samples
+    if shape[0] != len(words):
+        rounds = torch.arange(-(-shape[0] // len(words)), dtype=torch.int32, device=device)
+        salt = (rounds * GOLDEN)[:, None, None]
+        words = (words + salt).flatten(0, 1)[: shape[0]]
     bits = torch.arange(math.prod(shape[1:]), dtype=torch.int32, device=device)
-    bits = (words[:, :1] | 1) * bits + words[:, 1:]  # other numbers for each sample
-    bits ^= (bits >> 16) & 0xFFFF
-    bits *= 0x7FEB352D
-    bits ^= (bits >> 15) & 0x1FFFF
-    bits *= 0x846CA68B - 2**32
-    bits ^= (bits >> 16) & 0xFFFF
-    return ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(shape)
-
-
-def _layer_keys(layer: str, count: int) -> Tensor:
-    """Return two random words for each sample, int32 (count, 2).
-
-    A network that is called with several rows for each sample has them one batch after another.
-    """
-    assert _samples is not None
-    seed, first, each = _samples
-    rounds = [
-        _words(seed, f"layer {layer} {number}", first, min(each, count - number * each), 1)[:, :1]
-        for number in range(-(-count // each))
-    ]
-    return torch.from_numpy(np.concatenate(rounds).view(np.int32))
+    factor, offset = (words[:, :1] ^ layer[0]) | 1, words[:, 1:] ^ layer[1]
+    bits = factor * bits + offset  # other numbers for each sample
+    bits = bits ^ ((bits >> 16) & 0xFFFF)
+    bits = bits * 0x7FEB352D
+    bits = bits ^ ((bits >> 15) & 0x1FFFF)
+    bits = bits * (0x846CA68B - 2**32)
+    bits = bits ^ ((bits >> 16) & 0xFFFF)
+    return ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul(2.0**-24).view(shape)
 
 
 def _seed_stream(seed: int) -> None:

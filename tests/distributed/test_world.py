@@ -46,8 +46,6 @@ def test_spans_are_equally_long_and_together_everything_once(count: int, size: i
     for world, part in zip(worlds, parts, strict=True):
         world.parts = parts
         assert torch.equal(world.join_spans(part, count), rows)
-    shares = [number for world in worlds for number in world.share(range(count))]
-    assert sorted(shares) == list(range(count))
 
 
 def test_a_process_that_works_alone_asks_nobody_and_keeps_its_number() -> None:
@@ -55,7 +53,6 @@ def test_a_process_that_works_alone_asks_nobody_and_keeps_its_number() -> None:
         world = current()
         assert (world.rank, world.size, world.is_first) == (3, 1, False)
         assert world.gather({"a": 1}) == [{"a": 1}]
-        assert list(world.share([1, 2])) == [1, 2]
     assert current().is_first
 
 

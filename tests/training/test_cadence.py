@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,7 +55,9 @@ def steps_of_30_s(monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed += 30.0  # type: ignore[attr-defined]
         return self.passed  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("sfumato.training.timetable.seconds", lambda: 0.0)  # looking takes no time
+    monkeypatch.setattr(
+        "sfumato.training.timetable.time", SimpleNamespace(perf_counter=lambda: 0.0)
+    )  # looking takes no time
     monkeypatch.setattr(Clock, "__init__", begin)
     monkeypatch.setattr(Clock, "seconds", seconds)
 

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from sfumato import runs
-from sfumato.errors import RunError
+from sfumato.errors import ConfigError, RunError
 from sfumato.training import Budget, CheckpointConfig, mirror
 from sfumato.training.mirror import Mirror, MirrorError
 from sfumato.training.trainer import Trainer
@@ -33,8 +33,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 class Flaky:
     """A store each of whose calls fails at first, and then works."""
 
-    def __init__(self, system: Any, failures: int = 1) -> None:
+    def __init__(self, system: Any, failures: int = 1, of: str = "") -> None:
         self.system, self.failures, self.failed = system, failures, Counter[str]()
+        self.of = of
         self.order: list[tuple[str, str]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +44,7 @@ class Flaky:
         def call(*args: Any, **options: Any) -> Any:
             key = f"{name} {args[0] if args else ''}"
             self.failed[key] += 1
-            if self.failed[key] <= self.failures:
+            if self.failed[key] <= self.failures and self.of in name:
                 raise ConnectionError("reset by peer")
             self.order.append((name, str(args[name == "put_file"]) if args else ""))
             return real(*args, **options)
@@ -128,13 +129,30 @@ def test_a_mirror_that_cannot_be_reached_is_said_and_ends_nothing(
     folder: Path, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    flaky = Flaky(store, failures=10**9)
+    flaky = Flaky(store, failures=10**9, of="put_file")
     monkeypatch.setattr(mirror, "filesystem", lambda url: (flaky, "/mirror/run"))
     run = runs.train(mirrored(folder), run=tmp_path / "run")
     assert fingerprint(run)["step"] == "step-000000014"
     said = capsys.readouterr().err
     assert said.count("the mirror is not up to date") >= 2
     assert "reset by peer" in said
+
+
+def test_a_run_is_never_replaced_by_a_new_one_nor_copied_where_a_stranger_says(
+    folder: Path, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.train(mirrored(folder), run=tmp_path / "run")
+    before = dict(store.store)
+    with pytest.raises(RunError, match="a new one would replace"):
+        runs.train(mirrored(folder), run=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert store.store == before
+    (tmp_path / "run" / "local.json").unlink()  # as if it came from elsewhere
+    with pytest.raises(ConfigError, match="not made on this machine"):
+        runs.resume(tmp_path / "run", overrides=["budget.steps=16"])
+    assert store.store == before
+    runs.resume(tmp_path / "run", overrides=["budget.steps=16", "checkpoint.mirror=memory://own"])
+    assert store.store.keys() > before.keys()
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over(

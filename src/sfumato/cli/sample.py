@@ -200,6 +200,8 @@ def sample(
     """Generate images with a trained model; prints the path of the grid. The same command again
     completes what was interrupted.
     """
+    if procs > 1 and (to_prompt is not None or to_seed is not None):
+        raise typer.BadParameter("--procs does not go with --to-prompt and --to-seed")
     start_processes(procs)
     from sfumato.cli.sample_job import adjusted, build_request, generate, print_report
     from sfumato.cli.sample_output import recorded_file, recorded_loras, writable

@@ -15,23 +15,27 @@ SCRIPT = """#!/bin/bash
 #SBATCH --gpus-per-node={per_node}
 #SBATCH --time={time}
 #SBATCH --output={run}-%j.log
-# five minutes before the end a checkpoint is saved; then SIGTERM saves another one, and ends the job
-#SBATCH --signal=USR1@300
+# five minutes before the time limit training stops with a checkpoint, and this script goes on
+#SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
 # one process for each GPU: they find each other on the first machine
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={per_node}
+newest() {{ ls -1 {checkpoints} 2> /dev/null | sort | tail -n 1; }}
+before=$(newest)
 
 # the same command begins the run and, when the job is started again, resumes it
 srun --kill-on-bad-exit=1 bash -c \\
-  'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' sfumato \\
+  'WORLD_SIZE={size} LOCAL_WORLD_SIZE={per_node} RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' sfumato \\
   {command}
 code=$?
-# 143: stopped at the time limit or by the scheduler, with a checkpoint; 75 and 76: something hung or was lost
-case $code in 143 | 75 | 76) scontrol requeue "$SLURM_JOB_ID" ;; esac
+# a job that has saved something new goes on: 143 at the time limit, others where a process was lost or hung
+case $code in
+  0 | 2 | 3) ;;
+  *) if [ "$(newest)" != "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;
+esac
 exit $code
 """
 
@@ -63,7 +67,8 @@ def slurm(
     typer.echo(
         SCRIPT.format(
             name=safe_name(run.name), nodes=nodes, per_node=gpus, time=shlex.quote(time),
-            run=shlex.quote(str(run)), command=shlex.join(command),
+            run=shlex.quote(str(run)), command=shlex.join(command), size=nodes * gpus,
+            checkpoints=shlex.quote(str(run / "checkpoints")),
         ),
         nl=False,
     )  # fmt: skip

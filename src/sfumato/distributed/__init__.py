@@ -5,6 +5,6 @@ Only this package knows torch.distributed.
 
 from __future__ import annotations
 
-from sfumato.distributed.world import World, current, joined, seconds
+from sfumato.distributed.world import World, current, is_agreed, joined, seconds
 
-__all__ = ["World", "current", "joined", "seconds"]
+__all__ = ["World", "current", "is_agreed", "joined", "seconds"]

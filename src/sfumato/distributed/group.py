@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +24,8 @@ T = TypeVar("T")
 # errors of one process after which a run may go on: the others raise the same, and go on alike
 TOLERATED: dict[str, type[Exception]] = {"disk": OSError, "checkpoint": CheckpointError}
 # the watchdog ends a process that waits too long, with its stacks; after that long, torch does
-TIMEOUT = timedelta(hours=3)
+TIMEOUT = timedelta(hours=24)
+LONGEST_PAUSE_S = 0.05  # between two looks whether the others are there
 
 
 class Group(World):
@@ -79,13 +81,13 @@ class Group(World):
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over all processes, in one reduction for each dtype."""
-        with _lost_peers():
-            for group in _by_type(tensors):
-                flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        for group in _by_type(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            with _lost_peers():
                 torch.distributed.all_reduce(flat)
-                sizes = [tensor.numel() for tensor in group]
-                for tensor, part in zip(group, flat.split(sizes), strict=True):
-                    tensor.copy_(part.view_as(tensor))
+            sizes = [tensor.numel() for tensor in group]
+            for tensor, part in zip(group, flat.split(sizes), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do some work in the first process only; see `World.on_first`."""
@@ -112,9 +114,23 @@ class Group(World):
     ) -> list[dict[str, Any]]:
         """Return the outcomes of all processes; an error of this one is not hidden by another's."""
         try:
+            self._wait()
             return self.gather(outcome)
         except PeerError as lost:
             raise error or lost from None
+
+    def _wait(self) -> None:
+        """Wait until all processes are here: what one of them does alone may take hours, and is not
+        taken for a hang, which its own watchdog would find.
+        """
+        with _lost_peers():
+            work = torch.distributed.all_reduce(torch.zeros(1), async_op=True)
+            pause_s = 1e-4
+            while not work.is_completed():
+                watchdog.beat()
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            work.wait()
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """Do some work in one process after another; see `World.in_turn`."""
@@ -150,15 +166,18 @@ def _outcome(result: Any, error: BaseException | None) -> dict[str, Any]:
 def _opened(outcome: dict[str, Any], error: BaseException | None) -> Any:
     """Return a result, or raise what the work has raised, here or in the first process."""
     if error is not None:
+        error.is_agreed = True  # type: ignore[attr-defined]
         raise error
     if "signal" in outcome:
         interrupted = Interrupted(outcome["signal"])
         interrupted.is_said = True
         raise interrupted
     if "error" in outcome:
-        raise TOLERATED.get(outcome["kind"], PeerError)(
+        told = TOLERATED.get(outcome["kind"], PeerError)(
             "another process of this run has failed: " + outcome["error"][:500]
         )
+        told.is_agreed = True  # type: ignore[attr-defined]
+        raise told
     return outcome.get("result")
 
 

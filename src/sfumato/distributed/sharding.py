@@ -56,7 +56,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         value = whole(tensor)
         if first:
-            result[name] = value
+            result[name] = value.cpu() if is_sharded(tensor) else value
     return result
 
 

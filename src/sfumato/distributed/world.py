@@ -85,10 +85,6 @@ class World:
         """
         return work()
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the items that fall to this process: every `size`-th one."""
-        return items[self.rank % self.size :: self.size]
-
     def span(self, count: int) -> slice:
         """Return which of `count` things this process does where all must do equally many: the last
         processes' spans overlap if they do not divide evenly.
@@ -145,6 +141,11 @@ def seconds() -> float:
     return _current.on_first(time.perf_counter)
 
 
+def is_agreed(error: BaseException) -> bool:
+    """Return whether all processes have raised an error, or its like, at the same place."""
+    return getattr(error, "is_agreed", False)
+
+
 def current() -> World:
     """Return the processes that this one works with."""
     return _current
@@ -166,6 +167,12 @@ def joined() -> Iterator[World]:
         return
     from sfumato.distributed.group import Group
 
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE={size}, and RANK is not set",
+            where="environment",
+            hint="set RANK, or unset WORLD_SIZE to work in one process",
+        )
     rank = _number("RANK", 0)
     _current = group = Group.join(
         rank, size, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size)

@@ -33,6 +33,7 @@ from sfumato.nn.widenable import InputLayer, Widenable
 MODULATIONS = 6  # of a block: shift, scale and gate, of attention and of the feed-forward
 LEVEL_SIZE = 256
 SUMMARY_TOKENS = 4  # that a vector becomes where it enters as tokens
+TOKENS = randomness.layer_key("tokens")  # which tokens are dropped
 UNROUTED = 2  # blocks at either end that process every token, where tokens are dropped
 
 
@@ -275,7 +276,7 @@ class DiT(Backbone, Widenable):
 
         They are some of the first `count`, drawn for each sample, and all others.
         """
-        chosen = randomness.layer_uniform("tokens", (len(x), count), x.device).argsort(dim=1)[
+        chosen = randomness.layer_uniform(TOKENS, (len(x), count), x.device).argsort(dim=1)[
             :, : count - int(count * self.config.token_drop)
         ]
         others = torch.arange(count, x.shape[1], device=x.device).expand(len(x), -1)

@@ -14,7 +14,7 @@ class SampleDropout(nn.Dropout):
     change it; see `randomness.layer_uniform`. An ordinary dropout where no samples are known.
 
     Attributes:
-        name: of the layer in its network, set by `name_dropouts`.
+        key: stands for the layer, set by `name_dropouts`.
 
     Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from
         overfitting".
@@ -22,13 +22,13 @@ class SampleDropout(nn.Dropout):
 
     def __init__(self, p: float) -> None:
         super().__init__(p)
-        self.name = ""
+        self.key = randomness.layer_key("")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (B, ...) with a mask on it."""
         if not (self.training and self.p):
             return x
-        draws = randomness.layer_uniform(self.name, tuple(x.shape), x.device)
+        draws = randomness.layer_uniform(self.key, tuple(x.shape), x.device)
         return x * (draws >= self.p).to(x.dtype) / (1 - self.p)
 
 
@@ -36,4 +36,4 @@ def name_dropouts(network: nn.Module) -> None:
     """Give each dropout of a network a name of its own, from which its masks are drawn."""
     for name, module in network.named_modules():
         if isinstance(module, SampleDropout):
-            module.name = name
+            module.key = randomness.layer_key(name)

@@ -184,12 +184,11 @@ class TrainedAutoencoder(TrainingConfig):
         Finished parts are not repeated.
         """
         final = directory.path / FOLDER / FINAL
-        autoencoder = current().in_turn(partial(_intact, final))
-        if autoencoder is None:
-            self._train(dataset, directory.stage(FOLDER), final)
-            autoencoder = autoencoder_files.load(final)
-        else:
+        if current().on_first(lambda: _intact(final) is not None):
             self._require_unchanged(directory.stage(FOLDER))
+        else:
+            self._train(dataset, directory.stage(FOLDER), final)
+        autoencoder = autoencoder_files.load(final)
         return _encode(autoencoder, dataset, self.augmented_copies, directory, pixels=pixels)
 
     def _require_unchanged(self, stage: RunDirectory) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,21 @@ def require_leave(run: Path, settings: Run, *, data: bool) -> None:
                 hint="if you trust whoever made it, add --allow-hub (or set SFUMATO_ALLOW_HUB=1 where "
                 "no person is); or name a folder that is here",
             )
+
+
+def require_own_mirror(run: Path, mirror: str, *, named: Collection[str]) -> None:
+    """Raise ConfigError if a run from elsewhere would be copied to an address that it brought along.
+
+    Args:
+        named: addresses that the person has named.
+    """
+    if mirror and mirror not in named and not os.environ.get(ALLOW) and not is_made_here(run):
+        raise ConfigError(
+            f"copies the run to {mirror!r}, and the run was not made on this machine",
+            where=f"{run}: checkpoint.mirror",
+            hint="name another address, or checkpoint.mirror='' for none; if you trust whoever made "
+            "it, add --allow-hub",
+        )
 
 
 def _is_remote(key: str, place: str) -> bool:

@@ -126,7 +126,7 @@ def _engine(run: Run, model: Model) -> Engine:
     if world.size == 1:
         return Engine(world)
     needs = footprint(run, model.network)
-    memory_gib = world.on_first(memory_of_a_process)
+    memory_gib = world.on_first(lambda: memory_of_a_process(world.per_machine))
     name = choose_name(
         run.distributed,
         needs,
@@ -134,6 +134,14 @@ def _engine(run: Run, model: Model) -> Engine:
         size=world.size,
         per_machine=world.per_machine,
     )
+    if name != "replicate" and needs.trained < needs.parameters:
+        if run.distributed != "auto":
+            raise ConfigError(
+                "frozen parameters are not shared in parts yet",
+                where=f"distributed={run.distributed}",
+                hint="set distributed=replicate, or train the whole network",
+            )
+        name = "replicate"
     if run.compile == "on" and name != "replicate":
         raise ConfigError(
             "a network that processes share in parts is not compiled yet",
@@ -157,11 +165,11 @@ def footprint(run: Run, network: Backbone) -> Footprint:
     )
 
 
-def memory_of_a_process() -> float:
+def memory_of_a_process(per_machine: int) -> float:
     """Return the memory in GiB that one of the processes on this machine can take."""
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory) / GIB
-    return total_memory() / GIB / current().per_machine
+    return total_memory() / GIB / per_machine
 
 
 def _facts(run: Run, model: Model, autoencoder: Autoencoder, dataset: Dataset) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute
 from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve, resolve_config
 from sfumato.recipes.run import Run
 from sfumato.recipes.run_config import write_run_config
-from sfumato.recipes.run_origin import require_leave
+from sfumato.recipes.run_origin import require_leave, require_own_mirror
 from sfumato.recipes.trigger_words import split_words
 from sfumato.reporting import write_report
 from sfumato.runs.cost import estimate_cost
@@ -38,7 +38,7 @@ from sfumato.storage import checkpoint
 from sfumato.storage.output_paths import safe_name
 from sfumato.storage.run_directory import RunDirectory, commit
 from sfumato.training import Trainer
-from sfumato.training.mirror import restore
+from sfumato.training.mirror import Mirror, restore
 from sfumato.training.parameters import describe
 
 PREPARING_STALL_MINUTES = 120.0  # in which neither an image nor anything else is read
@@ -74,6 +74,12 @@ def train(
         return _train(source, resolve_config(source, overrides), run)
 
 
+def _of_first(world: World, run: Run) -> Run:
+    """Return the configuration of the first process: what is chosen by speed or time may differ."""
+    plain = world.on_first(lambda: configuration.plain(run))
+    return run if world.is_first else configuration.parse(Run, plain)
+
+
 def _with_address(source: str | Path | Run, overrides: Overrides) -> Overrides:
     """Return the overrides of a resumed run with the address of its images, whose secrets it does not
     store.
@@ -104,7 +110,10 @@ def _supervised() -> Iterator[World]:
 
 
 def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | None) -> Path:
-    settings, world = with_absolute_paths(chosen.run), current()
+    world = current()
+    settings = with_absolute_paths(_of_first(world, chosen.run))
+    if mirror := settings.checkpoint.mirror:
+        world.on_first(lambda: Mirror(mirror, Path()).require_free())
     share_of(settings.batch_size, world.size)
     if run is None:
         RunDirectory.require_free(_unused_path(Path("runs") / safe_name(settings.name)))
@@ -115,7 +124,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
     if chosen.choice is not None:
         lines = [
             *chosen.reasons,
-            *_cost_lines(prepared),
+            *world.on_first(lambda: _cost_lines(prepared)),
             f"for a data report: sfumato data check {source}",
         ]
         console().print("\n".join(lines), markup=False)
@@ -207,7 +216,9 @@ def resume(
         directory = RunDirectory.existing(Path(path))
         directory.require_trainable()
         with directory.locked():
-            trainer = _continued(directory, overrides, step=step, accepts_data=accepts_data)
+            trainer = _continued(
+                directory, overrides, step=step, accepts_data=accepts_data, mirror=mirror
+            )
             if trainer is None:
                 return directory.path
             _run_to_the_end(trainer, resolve(path), directory)
@@ -215,7 +226,12 @@ def resume(
 
 
 def _continued(
-    directory: RunDirectory, overrides: Overrides, *, step: int | None, accepts_data: bool
+    directory: RunDirectory,
+    overrides: Overrides,
+    *,
+    step: int | None,
+    accepts_data: bool,
+    mirror: str | None,
 ) -> Trainer | None:
     """Return the trainer of a run as it goes on; None, and a line, if the run is finished."""
     if step is not None:
@@ -223,7 +239,7 @@ def _continued(
             lambda: list(map(str, checkpoint.set_newer_aside(directory.checkpoints, step=step)))
         ):
             console().print(f"set aside: {aside}", markup=False)
-    trainer = _restore_trainer(directory, overrides, accepts_data=accepts_data)
+    trainer = _restore_trainer(directory, overrides, accepts_data=accepts_data, mirror=mirror)
     reached = trainer.state.counters.step
     limits = [name for name, most in asdict(trainer.config.budget).items() if most is not None]
     if trainer.finished and directory.status().get("state") == "finished":
@@ -259,7 +275,7 @@ def _report(path: Path) -> None:
 
 
 def _restore_trainer(
-    directory: RunDirectory, overrides: Overrides, *, accepts_data: bool
+    directory: RunDirectory, overrides: Overrides, *, accepts_data: bool, mirror: str | None
 ) -> Trainer:
     """Return the trainer as its newest checkpoint left it.
 
@@ -272,6 +288,9 @@ def _restore_trainer(
     for line in changed:
         screen.print(f"changed on resume: {line}", markup=False)
     require_leave(directory.path, settings, data=True)
+    place = settings.checkpoint.mirror
+    overridden = [place] if place != before.checkpoint.mirror else []
+    require_own_mirror(directory.path, place, named=[*overridden, mirror or ""])
     begins = not directory.has_begun()
     share_of(settings.batch_size, current().size)
     prepared = current().in_turn(lambda: prepare(settings, directory=directory.path, begins=begins))

@@ -199,7 +199,7 @@ def go_back(trainer: Trainer, trouble: UnstableError, session: Session) -> None:
         file = f"not written: {error}"
     if gives_up:
         raise _given_up(trainer, trouble, sound, file)
-    loaded, warnings = trainer.world.in_turn(partial(checkpoint.load_newest, directory.checkpoints))
+    loaded, warnings = trainer.newest_checkpoint()
     for line in warnings:
         session.bar.say(f"warning: {line}")
     trainer.state.restore(loaded.tensors, loaded.counters)

@@ -55,7 +55,8 @@ def with_latents(
         "latents", f"decoder {DECODER} {identity} {dataset.pixel_format!r} {config.augment!r}"
     )
     world = current()
-    chunks = world.share(list(_chunks(dataset, count)))
+    # each machine encodes all, since its cache may be its own
+    chunks = list(_chunks(dataset, count))[world.local_rank :: world.per_machine]
     world.together(lambda: _fill(cache, dataset, autoencoder, chunks, on_progress))
     if world.size > 1:  # what the others have encoded
         cache = ArrayCache.at(cache.folder)

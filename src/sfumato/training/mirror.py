@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from sfumato.data.files import UnsafePath, check_relative, filesystem
 from sfumato.errors import CheckpointError, RunError, SfumatoError, redact_secrets
+from sfumato.process import watchdog
 from sfumato.storage.atomic import atomic_folder, atomic_path
 from sfumato.storage.checkpoint import MANIFEST, require_whole
 
@@ -24,6 +25,7 @@ ATTEMPTS, PAUSE_S = 3, 0.5  # of each call to the store, and the first pause, wh
 LEFT_OUT = (".lock", "local.json", "stacks.txt")
 FOLDERS_LEFT_OUT = ("generated",)
 CHECKPOINTS = "checkpoints"
+PRUNED = ("averages", "best")  # other folders whose files a run removes
 
 
 class MirrorError(SfumatoError):
@@ -41,6 +43,17 @@ class Mirror:
     def __init__(self, url: str, run: Path) -> None:
         self.url, self.run = url, run
         self._sent: dict[str, tuple[int, int]] = {}
+
+    def require_free(self) -> None:
+        """Raise RunError if there is a run at the address already, which a new one would replace."""
+        system, root = self._opened()
+        if self._try(partial(system.exists, f"{root}/config.yaml")):
+            raise RunError(
+                "holds a run already, which a new one would replace",
+                where=self.url,
+                hint="`sfumato resume RUN --mirror URL` goes on with it; or choose another "
+                "checkpoint.mirror",
+            )
 
     def push(self) -> None:
         """Make the copy equal to the run: its files, then its checkpoints, each with its manifest
@@ -62,12 +75,16 @@ class Mirror:
             if self._try(partial(system.exists, f"{place}/{MANIFEST}")):
                 self._try(partial(system.rm_file, f"{place}/{MANIFEST}"))
             self._try(partial(system.rm, place, recursive=True))
+        for folder in PRUNED:
+            for name in self._listed(system, f"{root}/{folder}"):
+                if not (self.run / folder / name).exists():
+                    self._try(partial(system.rm_file, f"{root}/{folder}/{name}"))
 
     def try_push(self) -> str:
         """Make the copy equal to the run; return a warning if that fails, "" if not."""
         try:
             self.push()
-        except (MirrorError, OSError) as error:
+        except (SfumatoError, OSError) as error:
             return f"warning: the mirror is not up to date, the run itself is: {error}"
         return ""
 
@@ -120,7 +137,11 @@ class Mirror:
         """Yield the files of the run besides its checkpoints."""
         for path in sorted(self.run.rglob("*")):
             parts = path.relative_to(self.run).parts
-            if not path.is_file() or any(part.startswith(".tmp-") for part in parts):
+            if (
+                path.is_symlink()
+                or not path.is_file()
+                or any(part.startswith(".tmp-") for part in parts)
+            ):
                 continue
             if parts[0] in FOLDERS_LEFT_OUT or path.name in LEFT_OUT:
                 continue
@@ -132,7 +153,11 @@ class Mirror:
 
     def _send(self, system: Any, root: str, path: Path) -> None:
         """Write a file, unless it was written as it is now."""
-        name, status = path.relative_to(self.run).as_posix(), path.stat()
+        name = path.relative_to(self.run).as_posix()
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # training has gone on, and removed it
+            return
         state = (status.st_size, status.st_mtime_ns)
         if self._sent.get(name) == state:
             return
@@ -158,9 +183,11 @@ class Mirror:
     def _listed(self, system: Any, place: str) -> list[str]:
         """Return the names of all files below a place; none of them leads elsewhere."""
         prefix = place.lstrip("/") + "/"
+        if not self._try(partial(system.exists, place)):
+            return []
         names = [
             str(found).lstrip("/").removeprefix(prefix)
-            for found in self._try(lambda: system.find(place))
+            for found in self._try(partial(system.find, place))
         ]
         try:
             return [check_relative(name) for name in names]
@@ -178,8 +205,13 @@ class Mirror:
         """Call the store, and again after a pause if that fails."""
         for attempt in range(ATTEMPTS):
             try:
-                return call()
+                result = call()
+                watchdog.beat()  # the main thread may wait for this one
+                return result
+            except FileNotFoundError as error:
+                raise MirrorError(f"is missing: {error}", where=self.url) from None
             except Exception as error:  # each store has its own
+                watchdog.beat()
                 if attempt == ATTEMPTS - 1:
                     raise MirrorError(
                         f"{type(error).__name__}: {redact_secrets(str(error))[:200]}", where=self.url,

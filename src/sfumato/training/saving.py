@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -140,12 +141,14 @@ class RunSaver:
     def save_snapshot(self) -> None:
         """Save the averaged weights of this step to a file that is never removed."""
         weights = self.trainer.state.trained(self.trainer.state.average)
-        if self._writes:
-            checkpoint.save_snapshot(
+        self.trainer.world.on_first(
+            partial(
+                _snapshot,
                 self.trainer.directory.snapshots,
                 step=self.trainer.state.counters.step,
                 weights=weights,
             )
+        )
 
     def save_averages(self) -> None:
         """Save the tracked averages if the next of the equal parts of the budget is over.
@@ -168,10 +171,10 @@ class RunSaver:
                 {post_hoc_ema.UPDATES: str(counters.updates)},
             )
             weights = self.trainer.state.trained(average)
-            if not self._writes:
-                continue
             try:
-                checkpoint.save_snapshot(place, step=counters.step, weights=weights, facts=facts)
+                self.trainer.world.on_first(
+                    partial(_snapshot, place, step=counters.step, weights=weights, facts=facts)
+                )
             except CheckpointError as error:
                 failed.append(error)
         if failed:
@@ -253,6 +256,10 @@ class RunSaver:
         if not self._writes_frozen:
             return checkpoint.digest(tensors)
         return checkpoint.save_frozen(self.trainer.directory.checkpoints, tensors)
+
+
+def _snapshot(place: Path, **options: Any) -> None:
+    checkpoint.save_snapshot(place, **options)
 
 
 def _pause(seconds: float) -> None:

@@ -148,9 +148,12 @@ class TrainingState:
         Args:
             place: shares the model, or a copy of it, among processes.
         """
-        average, *tracked = (_average(model) for _ in range(1 + len(profiles)))
-        for module in (model, average, *tracked):
-            place(module)
+        copies = []
+        for _ in range(1 + len(profiles)):  # one whole copy at a time
+            copies.append(_average(model))
+            place(copies[-1])
+        average, *tracked = copies
+        place(model)
         return cls(
             model=model,
             average=average,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sfumato.distributed import seconds
 from sfumato.training.config import Cadence
 from sfumato.training.state import TrainingState
 
@@ -15,15 +15,19 @@ class Timetable:
 
     The time at which an action was last run is part of the run and saved in checkpoints. The
     duration of an action depends on the machine and is not saved.
+
+    Attributes:
+        cost_s: the seconds that each action took when it was last run; of several processes, the
+            first one's count.
     """
 
     def __init__(self, state: TrainingState) -> None:
-        self._state, self._cost_s = state, dict[str, float]()
+        self._state, self.cost_s = state, dict[str, float]()
 
     def due(self, name: str, cadence: Cadence) -> bool:
         """Return whether it is time, at the step and second that the run has reached."""
         counters = self._state.counters
-        last_s, cost_s = counters.done_s.get(name, 0.0), self._cost_s.get(name, 0.0)
+        last_s, cost_s = counters.done_s.get(name, 0.0), self.cost_s.get(name, 0.0)
         return cadence.due(
             step=counters.step, seconds=counters.seconds, last_s=last_s, cost_s=cost_s
         )
@@ -36,8 +40,6 @@ class Timetable:
         saving.
         """
         self._state.counters.done_s[name] = self._state.counters.seconds
-        begun = seconds()
-        try:
-            yield
-        finally:  # also where a warning follows: all processes ask for the time equally often
-            self._cost_s[name] = seconds() - begun
+        begun = time.perf_counter()
+        yield
+        self.cost_s[name] = time.perf_counter() - begun

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from sfumato.data import Batch, BatchPlan, Dataset, ShapeGroup
-from sfumato.distributed import current
+from sfumato.distributed import current, is_agreed
 from sfumato.distributed.sharding import Engine
 from sfumato.errors import CheckpointError, DataError, UnsavedError
 from sfumato.nn.accelerable import Accelerable
@@ -48,8 +49,8 @@ LONG_S = 2.0  # seconds of measured steps, after which no further step is measur
 
 class StepResult(NamedTuple):
     """The result of one optimizer step: the mean loss, the losses of this process's samples, the
-    gradient norm of each optimized part, whether the weights were updated, and the images that
-    could not be read, with the reasons.
+    gradient norm of each optimized part, whether the weights were updated, the images that could
+    not be read, with the reasons, and the signal that has asked a process to stop, or 0.
     """
 
     loss: float
@@ -57,6 +58,7 @@ class StepResult(NamedTuple):
     gradient_norms: list[float]
     applied: bool
     lost: Sequence[tuple[str, str]] = ()
+    signal: int = 0
 
 
 class Agreed(NamedTuple):
@@ -126,6 +128,21 @@ class Trainer:
             nullcontext  # validation's batches would be compiled once more
         )
 
+    def newest_checkpoint(self) -> tuple[checkpoint.Checkpoint, list[str]]:
+        """Return the newest whole checkpoint, and warnings about damaged ones, which are set aside.
+
+        The first process chooses it.
+        """
+        loaded: list[checkpoint.Checkpoint] = []
+
+        def load() -> list[Any]:
+            newest, warnings = checkpoint.load_newest(self.directory.checkpoints)
+            loaded.append(newest)
+            return [str(newest.path), warnings]
+
+        path, warnings = self.world.on_first(load)
+        return (loaded[0] if loaded else checkpoint.load(Path(path))), warnings
+
     def _place(self, model: nn.Module) -> None:
         network = self.task.compiled_part(model)
         self.engine.place(network, network.units())
@@ -138,9 +155,7 @@ class Trainer:
         Raises:
             CheckpointError: if there is none, or the data, the seed or the batch size have changed.
         """
-        loaded, warnings = self.world.in_turn(
-            partial(checkpoint.load_newest, self.directory.checkpoints)
-        )
+        loaded, warnings = self.newest_checkpoint()
         changed = loaded.state.get("data") != self.fingerprint
         begins = loaded.step if accepts_data and changed else loaded.state.get("plan_begins", 0)
         self.plan = replace(self.plan, begins=int(begins))
@@ -254,7 +269,9 @@ class Trainer:
                 self.saver.save_now()
 
         guardian.seconds = 60 * self.config.stall_minutes
-        guardian.file, guardian.on_stall = self.directory.path / "stacks.txt", save
+        number = "" if self.directory.writes else f"-{self.world.rank}"
+        guardian.file = self.directory.path / f"stacks{number}.txt"
+        guardian.on_stall = save
 
     def _session(self, bar: ProgressBar) -> Session:
         sinks = self._sinks() if self.directory.writes else []
@@ -357,6 +374,7 @@ class Trainer:
             judge(self, result, bar)
             if counters.step % self.config.log.every_steps == 0 or counters.step == 1:
                 self._log(result, clock, session)
+            signals.obey(result.signal)
 
     def _log(self, result: StepResult, clock: Clock, session: Session) -> None:
         """Write the record of a step to the sinks, and show it."""
@@ -394,6 +412,9 @@ class Trainer:
                 try:
                     hook.run(self, session)
                 except hook.tolerated as error:
+                    # where one process alone has failed, the others are elsewhere
+                    if self.world.size > 1 and not is_agreed(error):
+                        raise
                     session.bar.say(f"warning: {hook.name} at step {counters.step} failed: {error}")
         counters.watched = counters.step
         due = self._save_is_asked or self.timetable.due("checkpoint", self.config.checkpoint)
@@ -426,9 +447,6 @@ class Trainer:
         Gradients are summed over micro-batches and processes and clipped, then the weights and
         their averages are updated. A non-finite loss or gradient leaves weights, averages and the
         learning-rate schedule as they are.
-
-        Raises:
-            Interrupted: after the step, if a signal has asked any of the processes to stop.
         """
         self._whole = False
         state, config = self.state, self.config
@@ -456,17 +474,23 @@ class Trainer:
         counters.step += 1
         counters.samples_seen += config.batch_size
         self._whole = True
-        signals.obey(told.signal)
-        return StepResult(loss, losses, norms, applied, told.lost)
+        return StepResult(loss, losses, norms, applied, told.lost, told.signal)
 
     def _agree(self, total: float, batch: Batch) -> Agreed:
         """Tell the other processes what happened in this step, and hear what did in theirs."""
         lost = [(bad.name, bad.reason) for bad in batch.bad]
         rows = self.world.gather(
-            [total, self._seconds(), signals.received(), self._asks_to_save, lost]
+            [
+                total,
+                self._seconds(),
+                self.timetable.cost_s,
+                signals.received(),
+                self._asks_to_save,
+                lost,
+            ]
         )
-        totals, seconds, numbers, asked, lists = zip(*rows, strict=True)
-        self.state.counters.seconds = seconds[0]
+        totals, seconds, costs, numbers, asked, lists = zip(*rows, strict=True)
+        self.state.counters.seconds, self.timetable.cost_s = seconds[0], costs[0]
         self._save_is_asked = any(asked)
         images = [(name, why) for images in lists for name, why in images]
         return Agreed(sum(totals) / batch.size, max(numbers), images)

@@ -125,7 +125,7 @@ class Diffusion:
         )
         context = to_device(select_rows(group.context, chosen), device)
         context = model.conditioner.training_context(images, context, seed=seed, first=first)
-        randomness.key_layers(seed, first=first, count=count)
+        randomness.key_layers(seed, first=first, count=count, device=device)
         x0 = self._encoded(
             images, None if group.moments is None else group.moments[chosen].to(device), first
         )
