@@ -26,7 +26,7 @@ TWO = ("--procs", "2")
         ("pixel", "shard", 2e-6),
         ("dit", "shard", 1e-6),
         ("muon", "shard", 1e-5),
-        ("latent", "shard", 2e-6),
+        pytest.param("latent", "shard", 2e-6, marks=pytest.mark.slow),
         ("shapes", "shard", 1e-6),
     ],
 )
@@ -61,7 +61,7 @@ def test_gradients_are_reduced_once_in_a_step(runs: Runs, tmp_path: Path) -> Non
         real, count = dist.all_reduce, [0]
 
         def counted(tensor, *args, **options):  # type: ignore[no-untyped-def]
-            count[0] += 1
+            count[0] += tensor.numel() > 1  # others only wait
             (tmp_path / f"{current().rank}.json").write_text(json.dumps(count[0]))
             return real(tensor, *args, **options)
 
