@@ -181,3 +181,20 @@ def test_samples_of_two_processes_are_those_of_one(runs: Runs, tmp_path: Path) -
     code, said = runs.lab.call("sample", run, "--num", "3", "--seed", "4", *TWO)
     assert code == 0, said
     assert len(list((run / "generated" / "seed-4").glob("0*.png"))) == 3
+
+
+def test_a_lora_on_a_frozen_base_ends_as_in_one_process(runs: Runs) -> None:
+    base, images = runs.alone("pixel"), runs.lab.place / "images"
+    command = (
+        "finetune", base, images, "adapter=lora", "budget.steps=6", "batch_size=8", "micro_batch=4",
+        "precision=float32", "compile=off", "sweep.minutes=0", "preservation.num=4",
+        "validation.copy_samples=0", "validation.samples=10", "log.every_steps=1",
+    )  # fmt: skip
+    one, two = runs.lab.new("lora"), runs.lab.new("lora")
+    for run, more in ((one, ()), (two, TWO)):
+        code, said = runs.lab.call(*command, "--run", run, *more)
+        assert code == 0, said
+    assert difference(one, two) == 0
+    assert largest_gap(one, two) < 1e-5
+    code, said = runs.lab.call(*command, "--run", runs.lab.new("x"), *TWO, "distributed=shard")
+    assert (code, "frozen parameters are not shared in parts" in said) == (2, True), said
