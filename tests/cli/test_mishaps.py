@@ -120,6 +120,7 @@ READING = {
     "ema",
     "sweep",
     "recipes",
+    "slurm",
     "doctor",
     "compare",
     "config show",
