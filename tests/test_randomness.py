@@ -229,3 +229,10 @@ def test_draws_in_layers_are_uniform_and_independent() -> None:
         assert abs(float((centred[:, step:] * centred[:, :-step]).mean())) < 5 / count**0.5
     kept = (draws >= 0.1).double().mean(1)  # not the same number in each sample
     assert 0.5 < float(kept.std()) / (0.09 / 4096) ** 0.5 < 1.5
+
+
+@pytest.mark.usefixtures("unkeyed")
+def test_a_network_on_another_device_than_the_samples_draws_from_torch() -> None:
+    randomness.key_layers(7, first=0, count=4)
+    draws = randomness.layer_uniform(randomness.layer_key("a"), (4, 3), torch.device("meta"))
+    assert draws.device.type == "meta"

@@ -96,11 +96,11 @@ def layer_uniform(layer: tuple[int, int], shape: tuple[int, ...], device: torch.
     The draws of a sample are a function of (seed, layer, number of the sample), whatever the
     micro-batch, the process or the order of memory, and the same when activations are recomputed. A
     network that is called with several rows for each sample has them one batch after another.
-    Where `key_layers` was never called, torch's stream is drawn from.
+    Where `key_layers` was not called for this device, torch's stream is drawn from.
 
     Source: the hash of element numbers is C. Wellons's "lowbias32" (nullprogram.com/blog/2018/07/31).
     """
-    if _samples is None:
+    if _samples is None or _samples.device.type != device.type:
         return torch.rand(shape, device=device)
     words = _samples
     if shape[0] != len(words):

@@ -20,7 +20,7 @@ TWO = ("--procs", "2")
     ("name", "engine", "most"),
     [
         ("pixel", "replicate", 0.0),
-        ("muon", "replicate", 0.0),
+        pytest.param("muon", "replicate", 0.0, marks=pytest.mark.slow),
         ("latent", "replicate", 0.0),
         ("shapes", "replicate", 1e-6),  # groups of shapes are cut elsewhere
         ("pixel", "shard", 2e-6),
@@ -71,7 +71,13 @@ def test_gradients_are_reduced_once_in_a_step(runs: Runs, tmp_path: Path) -> Non
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [20, 20]
 
 
-@pytest.mark.parametrize("engines", [("replicate", "shard"), ("shard", "replicate")])
+@pytest.mark.parametrize(
+    "engines",
+    [
+        ("shard", "replicate"),
+        pytest.param(("replicate", "shard"), marks=pytest.mark.slow),
+    ],
+)
 def test_other_numbers_of_processes_go_on_with_a_run(
     runs: Runs, engines: tuple[str, str], tmp_path: Path
 ) -> None:

@@ -69,7 +69,9 @@ def two(runs: Runs) -> Path:
 @pytest.mark.parametrize(
     ("what", "rank", "code", "said"),
     [
-        ("killed", 0, 137, "process 0 of 2 was ended by SIGKILL"),
+        pytest.param(
+            "killed", 0, 137, "process 0 of 2 was ended by SIGKILL", marks=pytest.mark.slow
+        ),
         ("killed", 1, 137, "process 1 of 2 was ended by SIGKILL"),
         ("raises", 1, 1, "a cosmic ray"),
         ("exits", 0, 7, ""),
@@ -351,7 +353,7 @@ def test_torchrun_starts_a_failed_run_again(runs: Runs, tmp_path: Path) -> None:
     assert json.dumps(losses(run)) == json.dumps(losses(two(runs)))
 
 
-@pytest.mark.parametrize("engine", ["replicate", "shard"])
+@pytest.mark.parametrize("engine", [pytest.param("replicate", marks=pytest.mark.slow), "shard"])
 def test_pictures_and_looks_that_cannot_be_written_end_nothing(runs: Runs, engine: str) -> None:
     def patch() -> None:
         from sfumato.training import looks, monitors, saving

@@ -70,7 +70,8 @@ class SampleWriter:
         there = frozenset(world.on_first(self._there))
         skip = there - frozenset(range(STRIP_IMAGES)) if self.trajectory else there
         missing = [number for number in range(self.num) if number not in skip]
-        each = -(-len(missing) // world.size)  # one after another: the first ones are drawn larger
+        # the first process has those whose way is drawn
+        each = max(-(-len(missing) // world.size), STRIP_IMAGES if self.trajectory else 0)
         mine = missing[world.rank * each : (world.rank + 1) * each]
         if there:
             _say(
