@@ -88,6 +88,19 @@ def options(
 
 
 def main() -> None:
+    """Run the program; one of several processes then ends at once."""
+    try:
+        run()
+    except SystemExit as end:
+        if "RANK" not in os.environ:
+            raise
+        # threads of a process group may abort an interpreter that ends in its own time
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+def run() -> None:
     """Run the program; an error that a user can fix is one message, without a traceback."""
     # OpenMP's threads wait for one another by spinning; where another program wants the cores too,
     # long spins slow every step
