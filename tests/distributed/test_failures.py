@@ -19,7 +19,7 @@ import pytest
 
 from sfumato.distributed import current
 from tests.distributed.conftest import Runs, difference, losses
-from tests.faults.injector import Child, counters, has_step, leftovers, newest, status
+from tests.faults.injector import counters, has_step, leftovers, newest, status
 from tests.helpers.runs import fingerprint
 
 TWO = ("--procs", "2")
@@ -285,39 +285,40 @@ def test_processes_of_one_machine_listen_on_loopback_only(runs: Runs) -> None:
     assert found == {"0100007F"}  # 127.0.0.1, and nothing else
 
 
-def kill_somewhere(runs: Runs, name: str, generator: random.Random) -> Child:
-    """Kill a process of a run at some moment, and resume it to its end; return the last child."""
+def killed_and_resumed(runs: Runs, generator: random.Random) -> Path:
+    """Kill processes of a run at two moments, and resume it to its end; return the run."""
     run = runs.lab.new("killed")
-    arguments: tuple[object, ...] = ("train", runs.recipe(name), "--run", run, "--resume", *TWO)
+    arguments: tuple[object, ...] = ("train", runs.recipe("pixel"), "--run", run, "--resume", *TWO)
     for _ in range(2):
         child = runs.lab.start(*arguments)
-        child.until(lambda: time.monotonic() > limit) if (
-            limit := time.monotonic() + generator.uniform(0.1, 3.0)
-        ) else None
+        limit = time.monotonic() + generator.uniform(0.1, 3.0)
+        child.until(lambda limit=limit: time.monotonic() > limit)
         if child.poll() is None:
             found = children(child.pid)
             victims = [[child.pid], found[:1], found[1:], [child.pid, *found]]
             for pid in generator.choice(victims):
                 os.kill(pid, signal.SIGKILL)
         child.wait()
-    last = runs.lab.start(*arguments)
-    assert last.wait() == 0, last.said()
-    assert fingerprint(run) == fingerprint(two(runs))
-    assert not leftovers(run)
-    return last
+    code, said = runs.lab.call(*arguments)
+    assert code == 0, said
+    return run
 
 
 def test_killed_anywhere_two_processes_go_on_bit_for_bit(runs: Runs) -> None:
     generator = random.Random(0)
     for _ in range(2):
-        kill_somewhere(runs, "pixel", generator)
+        run = killed_and_resumed(runs, generator)
+        assert fingerprint(run) == fingerprint(two(runs))
+        assert not leftovers(run)
 
 
 @pytest.mark.slow
 def test_killed_a_hundred_times_two_processes_lose_nothing(runs: Runs) -> None:
     generator = random.Random(1)
     for _ in range(50):  # two kills each
-        kill_somewhere(runs, "pixel", generator)
+        run = killed_and_resumed(runs, generator)
+        assert fingerprint(run) == fingerprint(two(runs))
+        assert not leftovers(run)
 
 
 @pytest.mark.slow

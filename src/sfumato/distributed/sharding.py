@@ -88,7 +88,6 @@ class Engine:
     Gradients are summed once in a step, after its last micro-batch.
     """
 
-    name = "replicate"
     in_step = False  # whether all processes must pass through the network equally often
 
     def __init__(self, world: World) -> None:
@@ -113,7 +112,7 @@ class Sharded(Engine):
             copy, the number of machines where each has a copy of its own.
     """
 
-    name, in_step = "shard", True
+    in_step = True
 
     def __init__(self, world: World, *, copies: int = 1) -> None:
         super().__init__(world)
@@ -123,7 +122,6 @@ class Sharded(Engine):
         if copies == 1:
             self.mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
         else:
-            self.name = "hybrid"
             self.mesh = init_device_mesh(
                 kind, (copies, world.size // copies), mesh_dim_names=("replicate", "shard")
             )
