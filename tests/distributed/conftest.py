@@ -63,7 +63,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     place = tmp_path_factory.mktemp("distributed")
     folder = images(place / "images", size=8)
     # micro-batches of one process are the shares of two
-    pixel = tiny_run(folder, micro_batch=4, budget=Budget(steps=20))
+    pixel = tiny_run(
+        folder,
+        micro_batch=4,
+        budget=Budget(steps=20),
+        validation=ValidationConfig(every_steps=20, samples=10, copy_samples=0),
+        preview=PreviewConfig(every_steps=10, num=2),
+    )
     dit = replace(pixel, network=DIT)
     shapes = replace(
         dit,

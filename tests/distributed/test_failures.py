@@ -305,11 +305,9 @@ def killed_and_resumed(runs: Runs, generator: random.Random) -> Path:
 
 
 def test_killed_anywhere_two_processes_go_on_bit_for_bit(runs: Runs) -> None:
-    generator = random.Random(0)
-    for _ in range(2):
-        run = killed_and_resumed(runs, generator)
-        assert fingerprint(run) == fingerprint(two(runs))
-        assert not leftovers(run)
+    run = killed_and_resumed(runs, random.Random(0))
+    assert fingerprint(run) == fingerprint(two(runs))
+    assert not leftovers(run)
 
 
 @pytest.mark.slow
@@ -370,6 +368,6 @@ def test_pictures_and_looks_that_cannot_be_written_end_nothing(runs: Runs, engin
         "train", runs.recipe("validated"), "--run", run, *TWO, f"distributed={engine}", patch=patch
     )
     assert code == 0, said
-    assert "preview at step 7 failed" in said
+    assert "preview at step 10 failed" in said
     assert "looks at step" in said
     assert difference(run, runs.alone("dit")) < 1e-5
