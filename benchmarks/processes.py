@@ -2,9 +2,9 @@
 
     python benchmarks/processes.py [--quick] [--rounds 5] [--json FILE]
 
-One process and two, one thread each, on this machine; with GPUs, one process and one for each. Of two
-processes, the time until both have their gradients (waiting) is apart from that of their sum
-(communication). Runs are interleaved: rounds of all cases, each in new processes.
+One process and two, one thread each, on this machine; with several GPUs, one process and one for each
+GPU. Of several processes, the time until all have their gradients (waiting) is apart from what is left of their sum
+after the backward pass (communication). Runs are interleaved: rounds of all cases, each in new processes.
 
 What 8 and 64 processes would take is computed on paper from the step time of one process at the share of
 a batch that each would have, and the published speeds of links; nothing of it is measured.
@@ -34,7 +34,8 @@ from sfumato.training.parameters import count
 
 SIDE, BATCH, STEPS = 32, 32, 6
 NETWORKS = {"U-Net": NETWORK, "DiT-S/2": DiTConfig(hidden_size=384, depth=12)}
-CASES = {"one": (1, "replicate"), "replicate": (2, "replicate"), "shard": (2, "shard")}
+MANY = max(2, torch.cuda.device_count())
+CASES = {"one": (1, "replicate"), "replicate": (MANY, "replicate"), "shard": (MANY, "shard")}
 # bytes a second in each direction, of one GPU: NVLink 4 within a machine (450 GB/s), and a machine's eight
 # 400 Gb/s adapters between machines (NVIDIA's data sheets of the H100 and of DGX H100)
 LINKS = {8: 450e9, 64: 50e9}
@@ -59,11 +60,11 @@ def work(name: str, engine: str, batch: int) -> dict[str, Any]:
         given, spent = share(world.rank, world.size, SIDE, batch), {"waiting": 0.0, "sum": 0.0}
         summed = trainer.engine.sum_gradients
 
-        def timed(parameters: Any) -> None:
+        def timed() -> None:
             begun = time.perf_counter()
             world.gather(0)
             ready = time.perf_counter()
-            summed(parameters)
+            summed()
             spent["waiting"] += ready - begun
             spent["sum"] += time.perf_counter() - ready
 
@@ -123,25 +124,28 @@ def main() -> None:
     rounds = 1 if asked.quick else asked.rounds
     rows: dict[str, Any] = {}
     for name in ("U-Net",) if asked.quick else tuple(NETWORKS):
-        found: dict[str, list[dict[str, Any]]] = {case: [] for case in (*CASES, "half")}
+        found: dict[str, list[dict[str, Any]]] = {case: [] for case in (*CASES, "share")}
         for _ in range(rounds):
             for case, (size, engine) in CASES.items():
                 found[case].append(run(name, size, engine, BATCH))
-            found["half"].append(run(name, 1, "replicate", BATCH // 2))
+            found["share"].append(run(name, 1, "replicate", BATCH // MANY))
         rows[name] = {
             case: {key: statistics.median(each[key] for each in taken) for key in taken[0]}
             for case, taken in found.items()
         }
-        for case in ("replicate", "shard", "half"):
+        for case in ("replicate", "shard", "share"):
             rows[name][case]["faster_than_one"] = statistics.median(
                 one["step_s"] / other["step_s"]
                 for one, other in zip(found["one"], found[case], strict=True)
             )
         rows[name]["on paper"] = {
-            size: on_paper(rows[name]["one"], rows[name]["half"], size) for size in LINKS
+            size: on_paper(rows[name]["one"], rows[name]["share"], size) for size in LINKS
         }
         print(name, json.dumps(rows[name], indent=1), flush=True)
-    report({"machine": machine(), "rounds": rounds, "batch": BATCH, "ours": rows}, asked.json)
+    report(
+        {"machine": machine(), "rounds": rounds, "batch": BATCH, "processes": MANY, "ours": rows},
+        asked.json,
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio, as a signed number
 WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words for each value of its counter
+MOST_PERMUTED = 1 << 16  # places of an order that is held as a whole
+ROUNDS = 8  # of a keyed bijection; with 4, places are not uniform
 
 
 def _words(
@@ -128,7 +131,56 @@ def _seed_stream(seed: int) -> None:
 
 def permutation(seed: int, purpose: str, *, index: int, size: int) -> NDArray[np.int64]:
     """Return the `index`-th random order of range(size)."""
+    return np.random.Generator(_philox(seed, purpose, index)).permutation(size)
+
+
+def shuffled(
+    places: NDArray[np.int64], seed: int, purpose: str, *, index: int, size: int
+) -> NDArray[np.int64]:
+    """Return what is at `places` of the `index`-th random order of range(size).
+
+    Up to MOST_PERMUTED it is `permutation`. Beyond, it is a keyed bijection, which costs the same for any
+    size, and no memory.
+    """
+    if size <= MOST_PERMUTED:
+        return _held_permutation(seed, purpose, index, size)[places]
+    return bijection(places, _philox(seed, purpose, index).random_raw(ROUNDS), size)
+
+
+def bijection(places: NDArray[np.int64], keys: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
+    """Map distinct places in range(size) to distinct numbers in range(size), as keys say.
+
+    Sources: a balanced Feistel network with one round for each key (Luby and Rackoff 1988), walked until it is
+    inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); the round function is the
+    finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+    """
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    result = places.astype(np.uint64)
+    outside = np.arange(len(result))
+    while len(outside):
+        left, right = result[outside] >> half, result[outside] & low
+        for key in keys:
+            left, right = right, left ^ (_mixed(right + key) & low)
+        walked = (left << half) | right
+        result[outside] = walked
+        outside = outside[walked >= np.uint64(size)]
+    return result.astype(np.int64)
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+@lru_cache(maxsize=32)
+def _held_permutation(seed: int, purpose: str, index: int, size: int) -> NDArray[np.int64]:
+    return permutation(seed, purpose, index=index, size=size)
+
+
+def _philox(seed: int, purpose: str, index: int) -> np.random.Philox:
     key = int.from_bytes(
         hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()[:16], "little"
     )
-    return np.random.Generator(np.random.Philox(key=key)).permutation(size)
+    return np.random.Philox(key=key)

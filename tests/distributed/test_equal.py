@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,30 @@ def test_copies_on_two_machines_of_two_processes_end_alike(
 
     run = runs.train("dit", "--procs", "4", "distributed=hybrid", patch=patch)
     assert difference(run, runs.alone("dit")) < 1e-6
+
+
+def test_two_processes_evaluate_as_one_does(runs: Runs, tmp_path: Path) -> None:
+    found = []
+    for procs in ((), TWO):
+        out = tmp_path / f"{len(procs)}" / "figures.json"
+        told = ("--num", "8", "--features", "random", "--out", out)
+        code, said = runs.lab.call("evaluate", runs.alone("pixel"), *told, *procs)
+        assert code == 0, said
+        found.append(dict(numbers(json.loads(out.read_text()))))
+    alone, two = found
+    assert alone.keys() == two.keys()
+    assert len(alone) > 20
+    assert two == pytest.approx(alone, rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+def numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield all numbers of plain data with their places."""
+    if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, part in parts:
+            yield from numbers(part, f"{place}/{name}")
+    elif isinstance(value, int | float):
+        yield place, float(value)
 
 
 def looks(run: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from sfumato.cli.model_options import LikeOption, LoraOption, PartialOption, VariantOption
+from sfumato.cli.procs import ProcsOption
 from sfumato.cli.sample_options import parse_loras
+from sfumato.distributed.launch import start_processes
 
 FEATURES_HELP = (
     "Network in whose features images are compared: auto (EfficientNet-Lite0 if it is installed), "
@@ -77,6 +79,7 @@ def evaluate(
             "pipeline in generated/NAME/evaluation/."
         ),
     ] = None,
+    procs: ProcsOption = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what the file holds instead of tables.")
     ] = False,
@@ -84,6 +87,8 @@ def evaluate(
     """Compare samples with real held-out and training images: distances, quality, variety, copies,
     category accuracy, and whether contexts work.
     """
+    start_processes(procs)
+    from sfumato.distributed import joined
     from sfumato.observability.progress import ProgressBar
     from sfumato.process.signals import handled
     from sfumato.runs.evaluation import evaluate_run, evaluation_folder
@@ -91,7 +96,7 @@ def evaluate(
 
     loras = parse_loras(lora)
     target = out or evaluation_folder(run, reference, loras) / "evaluation.json"
-    with handled(), ProgressBar("evaluating") as bar:
+    with handled(), joined() as world, ProgressBar("evaluating") as bar:
         report, remarks = evaluate_run(
             run,
             reference=reference,
@@ -108,9 +113,11 @@ def evaluate(
             precision=precision,
             compile=compile,
             on_progress=bar.update,
-            before_work=lambda: require_writable(target.parent, target),
+            before_work=lambda: world.on_first(
+                lambda: str(require_writable(target.parent, target))
+            ),
         )
-    report.save(target)
+        world.on_first(lambda: report.save(target))
     if as_json:
         typer.echo(report.json())
         return

@@ -5,14 +5,18 @@ save or restore.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sfumato import randomness
+from sfumato.data.members import Members
 from sfumato.errors import ConfigError
+
+NEWEST = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,25 +36,34 @@ class BatchPlan:
         batch_size: B, the global one.
         begins: the batch at which the first epoch of this set begins; a run that went on with other
             data saw other batches before.
+        version: of the order. 2 costs the same for any size; 1 is that of runs begun before it.
     """
 
     seed: int
-    shapes: NDArray[np.int64]
+    shapes: NDArray[np.integer]
     batch_size: int
     begins: int = 0
+    version: int = NEWEST
 
     @property
     def size(self) -> int:
         """The number of images in the set."""
         return len(self.shapes)
 
-    @property
+    @cached_property
+    def members(self) -> Members:
+        """The images of each shape."""
+        return Members(self.shapes)
+
+    @cached_property
     def hash(self) -> str:
         """A hash that is equal for plans that give the same batches."""
         begins = f"{self.begins} " if self.begins else ""
-        return hashlib.sha256(
-            f"{self.seed} {self.batch_size} {begins}".encode() + self.shapes.astype("<i8").tobytes()
-        ).hexdigest()
+        version = f"version {self.version} " if self.version > 1 else ""
+        result = hashlib.sha256(f"{version}{self.seed} {self.batch_size} {begins}".encode())
+        for part in np.array_split(self.shapes, self.size // (1 << 20) + 1):
+            result.update(part.astype("<i8").tobytes())
+        return result.hexdigest()
 
     def samples(self, first: int, count: int) -> NDArray[np.int64]:
         """Return the positions in the set of `count` samples from `first` on, shape (count,)."""
@@ -59,7 +72,7 @@ class BatchPlan:
         chosen = np.empty(count, np.int64)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
-            chosen[inside] = _order(self, int(epoch))[places[inside]]
+            chosen[inside] = ORDERS[self.version](self, int(epoch), places[inside])
         return chosen
 
     def batch(self, step: int, *, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
@@ -90,20 +103,90 @@ def share_of(batch_size: int, ranks: int) -> int:
     return batch_size // ranks
 
 
-@lru_cache(maxsize=4)
-def _order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
-    """Return the positions of an epoch in order.
+def _shuffled(plan: BatchPlan, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the positions at some places of an epoch.
 
-    First comes what completes the last batch of the epoch before, then batches of one shape, then
-    what is left over.
+    First comes what completes the last batch of the epoch before, then batches of one shape in a
+    random order, then what is left over. The images of a shape have a random order of their own, of
+    which these three parts take one after another.
     """
+    size, counts = plan.batch_size, plan.members.counts
+    several = len(counts) > 1
+    head = _head_counts(counts, -(epoch * plan.size) % size, size)
+    full, left = (counts - head) // size, (counts - head) % size
+    in_head = places < head.sum()
+    in_left = places >= head.sum() + full.sum() * size
+    in_full = ~in_head & ~in_left
+    kinds, numbers = np.empty_like(places), np.empty_like(places)
+    kinds[in_head], numbers[in_head] = _located(places[in_head], head)
+    batches, inside = np.divmod(places[in_full] - head.sum(), size)
+    if several:
+        batches = randomness.shuffled(
+            batches, plan.seed, "plan of batches", index=epoch, size=int(full.sum())
+        )
+    kinds[in_full], batches = _located(batches, full)
+    numbers[in_full] = head[kinds[in_full]] + batches * size + inside
+    kinds[in_left], rest = _located(places[in_left] - head.sum() - full.sum() * size, left)
+    numbers[in_left] = (head + full * size)[kinds[in_left]] + rest
+    result = np.empty_like(places)
+    for kind in np.unique(kinds):
+        chosen = kinds == kind
+        ranks = randomness.shuffled(
+            numbers[chosen],
+            plan.seed,
+            f"plan of shape {plan.members.kinds[kind]}" if several else "plan",
+            index=epoch,
+            size=int(counts[kind]),
+        )
+        result[chosen] = plan.members.positions(int(kind), ranks)
+    return result
+
+
+def _located(
+    places: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return in which of consecutive parts, of these sizes, places are, and where in it."""
+    ends = np.cumsum(counts)
+    parts = np.searchsorted(ends, places, side="right")
+    return parts, places - (ends - counts)[parts]
+
+
+def _head_counts(counts: NDArray[np.int64], missing: int, batch_size: int) -> NDArray[np.int64]:
+    """Return how many images of each shape complete a batch that lacks `missing`.
+
+    Images that fill no batch are taken first; the rest comes from the most frequent shapes.
+    """
+    taken = np.zeros_like(counts)
+    for number, spare in enumerate(counts % batch_size):
+        taken[number] = min(spare, missing)
+        missing -= int(taken[number])
+    for number in np.argsort(-counts, kind="stable"):
+        more = min(int(counts[number] - taken[number]), missing)
+        taken[number] += more
+        missing -= more
+    return taken
+
+
+def _permuted(plan: BatchPlan, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the positions at some places of an epoch, in the order of version 1."""
+    return _whole_order(plan, epoch)[places]
+
+
+@lru_cache(maxsize=4)
+def _whole_order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
+    """Return the positions of an epoch in order."""
     permuted = randomness.permutation(plan.seed, "plan", index=epoch, size=plan.size)
-    groups = [permuted[plan.shapes[permuted] == shape] for shape in np.unique(plan.shapes)]
-    head, groups = _head(groups, -(epoch * plan.size) % plan.batch_size, plan.batch_size)
+    groups = [permuted[plan.shapes[permuted] == shape] for shape in plan.members.kinds]
+    heads = _head_counts(
+        plan.members.counts, -(epoch * plan.size) % plan.batch_size, plan.batch_size
+    )
+    head = [group[:taken] for group, taken in zip(groups, heads, strict=True)]
     chunks = [
         chunk
-        for group in groups
-        for chunk in np.split(group, range(plan.batch_size, len(group), plan.batch_size))
+        for group, taken in zip(groups, heads, strict=True)
+        for chunk in np.split(
+            group[taken:], range(plan.batch_size, len(group) - taken, plan.batch_size)
+        )
     ]
     full_batches = [chunk for chunk in chunks if len(chunk) == plan.batch_size]
     remainders = [chunk for chunk in chunks if len(chunk) < plan.batch_size]
@@ -112,22 +195,7 @@ def _order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
     return np.concatenate([*head, *full_batches, *remainders])
 
 
-def _head(
-    groups: list[NDArray[np.int64]], count: int, batch_size: int
-) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Take `count` samples off the groups, and return what was taken and what remains.
-
-    Samples that fill no batch are taken first; the rest comes from the largest groups.
-    """
-    spare = [len(group) % batch_size for group in groups]
-    taken = []
-    for size in spare:
-        taken.append(min(size, count))
-        count -= taken[-1]
-    for index in np.argsort([-len(group) for group in groups], kind="stable"):
-        more = min(len(groups[index]) - taken[index], count)
-        taken[index] += more
-        count -= more
-    return [g[:n] for g, n in zip(groups, taken, strict=True)], [
-        g[n:] for g, n in zip(groups, taken, strict=True)
-    ]
+ORDERS: dict[int, Callable[[BatchPlan, int, NDArray[np.int64]], NDArray[np.int64]]] = {
+    1: _permuted,
+    2: _shuffled,
+}

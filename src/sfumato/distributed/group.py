@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -79,15 +79,16 @@ class Group(World):
             torch.distributed.all_gather(parts, tensor.contiguous())
         return parts
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their sums over all processes, in one reduction for each dtype."""
-        for group in _by_type(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace a tensor by its sum over all processes; see `World.begin_sum`."""
+        with _lost_peers():
+            work = torch.distributed.all_reduce(tensor, async_op=True)
+
+        def wait() -> None:
             with _lost_peers():
-                torch.distributed.all_reduce(flat)
-            sizes = [tensor.numel() for tensor in group]
-            for tensor, part in zip(group, flat.split(sizes), strict=True):
-                tensor.copy_(part.view_as(tensor))
+                work.wait()
+
+        return wait
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do some work in the first process only; see `World.on_first`."""
@@ -146,11 +147,6 @@ class Group(World):
     def agreement(self) -> Callable[[int], int] | None:
         """How the processes agree on a signal."""
         return lambda number: max(self.gather(number))
-
-
-def _by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    types = dict.fromkeys(tensor.dtype for tensor in tensors)
-    return [[tensor for tensor in tensors if tensor.dtype is dtype] for dtype in types]
 
 
 def _outcome(result: Any, error: BaseException | None) -> dict[str, Any]:

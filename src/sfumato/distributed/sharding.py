@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from sfumato.distributed.gradient_sum import GradientSum
 from sfumato.distributed.world import World, current
 
 if TYPE_CHECKING:
@@ -85,23 +86,33 @@ def by_kind(tensors: Iterable[Any]) -> list[list[Any]]:
 class Engine:
     """How processes share a network: here, each holds all of it.
 
-    Gradients are summed once in a step, after its last micro-batch.
+    Gradients are summed once in a step, in its last backward pass.
     """
 
     in_step = False  # whether all processes must pass through the network equally often
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self._sum: GradientSum | None = None
 
     def place(self, network: nn.Module, units: Sequence[nn.Module]) -> None:
         """Share a network; `units` are the parts of it that are needed one after another."""
 
+    def begin_step(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Have the gradients of parameters, the same in each step, summed over all processes."""
+        if self.world.size > 1:
+            self._sum = self._sum or GradientSum(self.world, parameters)
+            self._sum.begin()
+
     def expect(self, network: nn.Module, *, last: bool) -> None:
         """Say before a backward pass whether it is the step's last one."""
+        if self._sum is not None:
+            self._sum.expect(last=last)
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over all processes after the last backward pass of a step."""
-        self.world.sum_([p.grad for p in parameters if p.grad is not None])
+    def sum_gradients(self) -> None:
+        """Wait after a step's last backward pass for the sums of gradients."""
+        if self._sum is not None:
+            self._sum.finish()
 
 
 class Sharded(Engine):
@@ -142,8 +153,9 @@ class Sharded(Engine):
 
     def expect(self, network: nn.Module, *, last: bool) -> None:
         """Let gradients be summed in the last backward pass only."""
+        super().expect(network, last=last)
         network.set_requires_gradient_sync(last)  # type: ignore[operator]
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients of parameters outside the network; its own have been summed already."""
-        super().sum_gradients([p for p in parameters if not is_sharded(p)])
+    def begin_step(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Have the gradients of parameters outside the network summed; it sums its own."""
+        super().begin_step([p for p in parameters if not is_sharded(p)])

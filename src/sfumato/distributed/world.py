@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,8 +51,9 @@ class World:
         """Return the tensors of all processes, by rank; they have equal shapes."""
         return [tensor]
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors, of one device, by their sums over all processes."""
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace a tensor by its sum over all processes, and return what waits for it."""
+        return lambda: None
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do some work in the first process only, and return its result in all.

@@ -11,6 +11,7 @@ from typing import Literal
 
 from sfumato.data import Dataset, source_at
 from sfumato.data.dataset_diff import changes
+from sfumato.distributed import current
 from sfumato.errors import ConfigError, DataError, RunError
 from sfumato.evaluation.extractors import extractor
 from sfumato.evaluation.quality import dimensions
@@ -89,7 +90,9 @@ def evaluate_run(
     if not pipeline.reads:
         for scale in guidance:
             require_context(scale, {})
-    dataset = preparation.open_data(settings, directory=path if reference is None else None)
+    dataset = current().in_turn(
+        lambda: preparation.open_data(settings, directory=path if reference is None else None)
+    )
     remarks = (
         [*_changed(folder, dataset), *_verdict(folder)]
         if reference is None

@@ -231,6 +231,7 @@ class RunSaver:
             **self.trainer.task.facts,
             "plan": self.trainer.plan.hash,
             "plan_begins": self.trainer.plan.begins,
+            "plan_version": self.trainer.plan.version,
             "frozen": self._frozen,
             "frozen_storage": checkpoint.storage_of(self.trainer.state.frozen_tensors()),
             "config": self.trainer.saved_config,

@@ -122,7 +122,7 @@ class Trainer:
         self._seconds: Callable[[], float] = lambda: self.state.counters.seconds
         # whether this process wants a checkpoint after the step, and whether any does
         self._asks_to_save = self._save_is_asked = False
-        self._has_shapes = bool((self.plan.shapes[:1] != self.plan.shapes).any())
+        self._has_shapes = len(self.plan.members.kinds) > 1
         self._say: Callable[[str], None] = lambda line: None
         self.uncompiled: Callable[[], AbstractContextManager[object]] = (
             nullcontext  # validation's batches would be compiled once more
@@ -158,7 +158,8 @@ class Trainer:
         loaded, warnings = self.newest_checkpoint()
         changed = loaded.state.get("data") != self.fingerprint
         begins = loaded.step if accepts_data and changed else loaded.state.get("plan_begins", 0)
-        self.plan = replace(self.plan, begins=int(begins))
+        version = int(loaded.state.get("plan_version", 1))  # runs from before there were several
+        self.plan = replace(self.plan, begins=int(begins), version=version)
         warnings += require_same_run(
             loaded,
             self.dataset,
@@ -451,8 +452,9 @@ class Trainer:
         self._whole = False
         state, config = self.state, self.config
         counters = state.counters
+        self.engine.begin_step([p for part in state.optimized_parts for p in part.parameters])
         losses = self._backward_in_memory(batch, self._dtype)
-        self.engine.sum_gradients([p for part in state.optimized_parts for p in part.parameters])
+        self.engine.sum_gradients()
         # The step's only wait for the device: whether the weights may move is decided here, on the
         # host.
         total, *norms = torch.stack(
