@@ -9,12 +9,14 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from sfumato.data import AugmentConfig, BatchPlan, DataConfig, Folder
+from sfumato import randomness
+from sfumato.data import AugmentConfig, BatchPlan, DataConfig, Folder, batch_plan
 from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError, SfumatoError
 from sfumato.networks import UNet
 from sfumato.observability.metrics_file import MetricsFile
@@ -23,7 +25,7 @@ from sfumato.recipes.resolver import resolve
 from sfumato.runs import resume, train
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training import Budget, MuonConfig, Trainer, guard
+from sfumato.training import Budget, MuonConfig, Trainer, guard, trainer
 from tests.helpers.runs import fingerprint, images, tiny_run
 
 
@@ -116,6 +118,27 @@ def test_negative_control_other_data_order_differs(stopped, whole, tmp_path, mon
     changed = fingerprint(resume(run))
     assert changed["step"] == whole["step"]
     assert all(changed[name] != whole[name] for name in ("model", "ema", "optimizer", "losses"))
+
+
+@pytest.mark.parametrize("version", [1, None])
+def test_a_run_from_before_plans_had_versions_goes_on_in_its_order(
+    folder, whole, tmp_path, monkeypatch, version
+) -> None:
+    """Such a checkpoint names no version; the newest one differs here, which is the control."""
+    real = checkpoint.save
+
+    def save(folder, *tensors, state, **options):
+        plain = {name: value for name, value in state.items() if name != "plan_version"}
+        return real(folder, *tensors, state=plain, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        patch.setattr(trainer, "BatchPlan", partial(BatchPlan, version=1))
+        run = interrupted(tiny_run(folder), tmp_path / "run", patch, 6)
+    monkeypatch.setattr(randomness, "MOST_PERMUTED", 0)
+    if version is None:
+        monkeypatch.setitem(batch_plan.ORDERS, 1, batch_plan.ORDERS[2])
+    assert (fingerprint(resume(run)) == whole) == (version == 1)
 
 
 @pytest.mark.parametrize("kept", [{}, {"memory_gib": 0.0, "workers": 2}])
