@@ -397,7 +397,7 @@ def test_arrays_of_several_shapes_in_several_segments_are_gathered(home: Path) -
         writer.commit()
     store = ArrayCache.open("latents", "test")
     wanted = [key for key in sorted(expected, reverse=True) if expected[key].shape[0] == 3]
-    read_rows = RowReader(store, [store.records[key].arrays["latent"] for key in wanted])
+    read_rows = RowReader.of(store, [store.records[key].arrays["latent"] for key in wanted])
     assert (
         read_rows(np.array([5, 0, 3, 3])) == np.stack([expected[wanted[i]] for i in (5, 0, 3, 3)])
     ).all()

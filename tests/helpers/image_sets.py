@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sfumato.data import DataConfig, Dataset, Entry, Inline
 from sfumato.data.annotations import Annotations
+from sfumato.data.dataset import DatasetParts
 from sfumato.data.ledger import Ledger
 
 
@@ -93,10 +94,10 @@ def dataset_of(
         ),
     )
     # nothing but the images that were given as held out is held out
-    object.__setattr__(dataset, "training", np.arange(len(training)))
-    object.__setattr__(dataset, "epoch", np.arange(len(training)))
-    object.__setattr__(dataset, "holdout", np.arange(len(training), count))
-    object.__setattr__(dataset, "named_holdouts", {})
+    whole = np.arange(len(training))
+    dataset.__dict__["parts"] = DatasetParts(
+        whole=whole, training=whole, holdout=np.arange(len(training), count), named={}
+    )
     return dataset
 
 

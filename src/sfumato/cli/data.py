@@ -48,9 +48,9 @@ def _say(text: object) -> None:
 
 
 def _listing(source: str) -> Listing:
-    from sfumato.data import source_at
+    from sfumato.data import listed, source_at
 
-    return source_at(source).listing()
+    return listed(source_at(source))
 
 
 @data_app.command()

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import typer
 
 EXTRAS = {
-    "parquet": "pyarrow",
     "hub": "datasets",
     "remote": "fsspec",
     "text": "transformers",

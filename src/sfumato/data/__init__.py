@@ -6,6 +6,7 @@ from sfumato.data.augment import AugmentConfig
 from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset import DataConfig, Dataset, PrecomputedLatents
+from sfumato.data.index_store import listed
 from sfumato.data.indexing import index
 from sfumato.data.listing import Blob, Entry, File, Inline, Listing, Reject, Source
 from sfumato.data.loader import Batch, ShapeGroup, batches, to_float
@@ -49,6 +50,7 @@ __all__ = [
     "Zip",
     "batches",
     "index",
+    "listed",
     "source_at",
     "to_float",
 ]  # fmt: skip

@@ -253,15 +253,46 @@ class RowReader:
     Each row is compared with its check value when this process first reads it.
     """
 
-    def __init__(self, cache: ArrayCache, places: list[Place]) -> None:
+    def __init__(
+        self,
+        cache: ArrayCache,
+        names: Sequence[str],
+        file: NDArray[np.int32],
+        row: NDArray[np.int64],
+        check: NDArray[np.uint32],
+    ) -> None:
+        """Take the files' names, and of each row the number of its file, its row there, and the CRC-32
+        of its bytes, each (n,).
+        """
+        self.cache, self.names = cache, list(names)
+        self.file, self.row, self.check = file, row, check
+        self._maps: list[NDArray[Any]] | None = None
+        self._known = np.zeros(len(row), bool)
+
+    @classmethod
+    def of(cls, cache: ArrayCache, places: list[Place]) -> RowReader:
+        """Return a reader of arrays at these places."""
         names = sorted({place.file for place in places})
         numbers = {name: number for number, name in enumerate(names)}
-        self.cache, self.names = cache, names
-        self.file = np.array([numbers[place.file] for place in places], np.int32)
-        self.row = np.array([place.row for place in places], np.int64)
-        self.check = np.array([place.check for place in places], np.uint32)
-        self._maps: list[NDArray[Any]] | None = None
-        self._known = np.zeros(len(places), bool)
+        return cls(
+            cache,
+            names,
+            np.array([numbers[place.file] for place in places], np.int32),
+            np.array([place.row for place in places], np.int64),
+            np.array([place.check for place in places], np.uint32),
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all files are there, as long as they must be."""
+        rows = np.zeros(len(self.names), np.int64)
+        np.maximum.at(rows, self.file, self.row + 1)
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return all(
+                len(self.cache.map(name)) >= count
+                for name, count in zip(self.names, rows, strict=True)
+            )
+        return False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": None}  # worker processes map the files for themselves

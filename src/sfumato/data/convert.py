@@ -141,7 +141,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _pack(
-    entries: list[Entry],
+    entries: Sequence[Entry],
     rejects: list[Reject],
     on_progress: Callable[[int, int], None] | None,
     *,

@@ -7,9 +7,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, Scale, dec
 from sfumato.data.frames import Frames
 from sfumato.data.holdout import Half, assign_splits, take_half
 from sfumato.data.ledger import Ledger
-from sfumato.data.listing import Entry, Reject, Source
+from sfumato.data.listing import Entry, Reject, Source, values
 from sfumato.data.sources import Digits
 from sfumato.errors import ConfigError, DataError
 from sfumato.observability.progress import console
@@ -82,6 +82,8 @@ class DataConfig:
             images to leave out.
         cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free
             space; `off` does not.
+        verify: `auto` reads a source again only where sizes, times of change or numbers (inodes) of its
+            files differ from when it was last read; `always` reads all of it at each start.
         memory_gib: without a cache, sets whose pixels need less stay in memory, others are decoded
             as they are used.
         workers: processes that decode ahead when they are.
@@ -107,6 +109,7 @@ class DataConfig:
     loss_mask: LossMask = "none"
     exclude: str | None = None
     cache: Literal["auto", "off"] = "auto"
+    verify: Literal["auto", "always"] = "auto"
     memory_gib: NonNegative = 4.0
     workers: SizeOrZero = 0
 
@@ -188,6 +191,18 @@ class PrecomputedLatents:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetParts:
+    """The positions of what is trained on (`whole`, and `training` as `data.half` says), of what is
+    held out, and of the hold-outs that the source names.
+    """
+
+    whole: NDArray[np.int64]
+    training: NDArray[np.int64]
+    holdout: NDArray[np.int64]
+    named: dict[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """The readable images of a source, in a fixed order.
 
@@ -207,11 +222,8 @@ class Dataset:
         annotations: doodles, masks, points, attributes and captions of each image.
         latents: their latents, where training works on those.
         scale: the values that are black and white.
-        training, holdout: positions of the two parts, which share no image and no near-duplicate.
-        whole: positions of the training part, without regard to `data.half`.
-        epoch: the positions of the training part, each as often as an epoch holds it: as its
-            repeats say, over their greatest common divisor.
-        named_holdouts: further parts that the source keeps from training, by name.
+        is_kept: whether it was indexed before, and no file has changed since, as the file system
+            says.
     """
 
     config: DataConfig
@@ -225,44 +237,72 @@ class Dataset:
     remarks: Sequence[str]
     rejects: Sequence[Reject]
     ledger: Ledger
-    notes: dict[str, list[str]]
+    notes: Mapping[str, Sequence[str]]
     crop_loss: float
     annotations: Annotations
     read_thumbnails: Callable[[NDArray[np.int64]], NDArray[Any]] | None = None
     latents: PrecomputedLatents | None = None
     scale: Scale = Scale()
-    training: NDArray[np.int64] = field(init=False)
-    whole: NDArray[np.int64] = field(init=False)
-    epoch: NDArray[np.int64] = field(init=False)
-    holdout: NDArray[np.int64] = field(init=False)
-    named_holdouts: dict[str, NDArray[np.int64]] = field(init=False)
+    is_kept: bool = False
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def parts(self) -> DatasetParts:
+        """What is trained on and what is held out.
+
+        Raises:
+            DataError: if the source holds out all images.
+        """
         splits = assign_splits(self.entries, self.ids, self.clusters, self.config.holdout)
-        object.__setattr__(self, "holdout", np.flatnonzero(splits == "holdout"))
-        object.__setattr__(self, "whole", np.flatnonzero(splits == "training"))
-        training = take_half(
-            self.config.half,
-            self.whole,
-            entries=self.entries,
-            ids=self.ids,
-            groups=self.clusters,
-        )
-        object.__setattr__(self, "training", training)
-        object.__setattr__(self, "epoch", self._repeated(training))
+        whole = np.flatnonzero(splits == "training")
         names = sorted(set(splits) - {"holdout", "training"})
-        object.__setattr__(
-            self,
-            "named_holdouts",
-            {name.removeprefix(":"): np.flatnonzero(splits == name) for name in names},
+        return DatasetParts(
+            whole=whole,
+            training=take_half(
+                self.config.half,
+                whole,
+                entries=self.entries,
+                ids=self.ids,
+                groups=self.clusters,
+            ),
+            holdout=np.flatnonzero(splits == "holdout"),
+            named={name.removeprefix(":"): np.flatnonzero(splits == name) for name in names},
         )
+
+    @property
+    def training(self) -> NDArray[np.int64]:
+        """The positions of the training part, which shares no image and no near-duplicate with the
+        hold-out.
+        """
+        return self.parts.training
+
+    @property
+    def whole(self) -> NDArray[np.int64]:
+        """The positions of the training part, without regard to `data.half`."""
+        return self.parts.whole
+
+    @property
+    def holdout(self) -> NDArray[np.int64]:
+        """The positions of the images that are held out."""
+        return self.parts.holdout
+
+    @property
+    def named_holdouts(self) -> dict[str, NDArray[np.int64]]:
+        """The positions of further parts that the source keeps from training, by name."""
+        return self.parts.named
+
+    @cached_property
+    def epoch(self) -> NDArray[np.int64]:
+        """The positions of the training part, each as often as an epoch holds it: as its repeats
+        say, over their greatest common divisor.
+        """
+        return self._repeated(self.training)
 
     def _repeated(self, training: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return positions, each as often as an epoch holds it."""
-        repeats = np.array([self.entries[i].repeats for i in training], np.int64)
+        repeats = np.array(values(self.entries, "repeats"), np.int64)[training]
         return np.repeat(training, repeats // max(1, np.gcd.reduce(repeats)))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of what training sees: images, order, pixel format, categories, texts, repeats and
         split.
@@ -272,18 +312,18 @@ class Dataset:
         """
         return self._hash(self.training)
 
-    @property
+    @cached_property
     def whole_fingerprint(self) -> str:
         """The fingerprint that the set has without `data.half`."""
         return self._hash(self.whole)
 
     def _hash(self, training: NDArray[np.int64]) -> str:
         texts = hashlib.sha256(
-            "\0".join("\1".join(entry.captions) for entry in self.entries).encode()
+            "\0".join("\1".join(texts) for texts in values(self.entries, "captions")).encode()
         ).hexdigest()
-        texts += repr([entry.attributes for entry in self.entries if entry.attributes])
+        texts += repr([each for each in values(self.entries, "attributes") if each])
         if len(self._repeated(training)) > len(training):
-            texts += repr([entry.repeats for entry in self.entries])
+            texts += repr(list(values(self.entries, "repeats")))
         lines = [
             repr(self.pixel_format),
             *self.ids,
@@ -400,13 +440,12 @@ class Dataset:
     def summary(self) -> dict[str, Any]:
         """Return what `data.json` records."""
         times = Counter(self.ids)
-        duplicates = [
-            entry.name for entry, id_ in zip(self.entries, self.ids, strict=True) if times[id_] > 1
-        ]
+        names = values(self.entries, "name")
+        duplicates = [name for name, id_ in zip(names, self.ids, strict=True) if times[id_] > 1]
         near = np.bincount(self.clusters)[self.clusters] > 1
         similar = [
-            entry.name
-            for entry, id_, near in zip(self.entries, self.ids, near, strict=True)
+            name
+            for name, id_, near in zip(names, self.ids, near, strict=True)
             if near and times[id_] == 1
         ]
         counts = Counter(self.labels.tolist())
@@ -426,7 +465,7 @@ class Dataset:
             "categories": {
                 name: counts.get(index, 0) for index, name in enumerate(self.categories)
             },
-            "captioned": sum(bool(entry.captions) for entry in self.entries),
+            "captioned": sum(map(bool, values(self.entries, "captions"))),
             "shapes": {
                 f"{w}x{h}": int((self.shapes == i).sum())
                 for i, (h, w) in enumerate(shapes)
@@ -437,9 +476,11 @@ class Dataset:
             "remarks": list(self.remarks),
             "ledger": self.ledger.plain(),
             "rejects": [{"file": reject.name, "reason": reject.reason} for reject in self.rejects],
-            "notes": {**self.notes, **{kind: names for kind, names in copies.items() if names}},
+            "notes": {
+                kind: list(names) for kind, names in {**self.notes, **copies}.items() if names
+            },
             **record_contents(self),
-            "holdout_files": [self.entries[i].name for i in self.holdout],
+            "holdout_files": [names[i] for i in self.holdout],
         }
 
 

@@ -8,6 +8,8 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sfumato.data.listing import values
+
 if TYPE_CHECKING:
     from sfumato.data.dataset import Dataset
 
@@ -32,35 +34,30 @@ def record_contents(dataset: Dataset) -> dict[str, Any]:
     In sets of up to MAX_LISTED_IMAGES images, it also keeps hashes of each image, and of its
     texts, attributes and category, by name.
     """
-    entries = dataset.entries
+    entries, ids = dataset.entries, list(dataset.ids)
+    captions, attributes, repeats = (
+        values(entries, name) for name in ("captions", "attributes", "repeats")
+    )
     labels = dataset.labels.tolist()
     names = [dataset.categories[label] if label >= 0 else "" for label in labels]
     parts = {
-        "images": _hash(sorted(dataset.ids)),
-        "captions": _hash(
-            sorted(zip(dataset.ids, (entry.captions for entry in entries), strict=True))
-        ),
-        "attributes": _hash(
-            sorted(zip(dataset.ids, (repr(entry.attributes) for entry in entries), strict=True))
-        ),
-        "repeats": _hash(
-            sorted(zip(dataset.ids, (entry.repeats for entry in entries), strict=True))
-        ),
-        "categories": _hash(sorted(zip(dataset.ids, names, strict=True))),
-        "split": _hash(sorted(dataset.ids[position] for position in dataset.training)),
-        "order": _hash(dataset.ids),
+        "images": _hash(sorted(ids)),
+        "captions": _hash(sorted(zip(ids, captions, strict=True))),
+        "attributes": _hash(sorted(zip(ids, map(repr, attributes), strict=True))),
+        "repeats": _hash(sorted(zip(ids, repeats, strict=True))),
+        "categories": _hash(sorted(zip(ids, names, strict=True))),
+        "split": _hash(sorted(ids[position] for position in dataset.training)),
+        "order": _hash(ids),
         "format": repr(dataset.config.pixel_format()),
     }
     if len(entries) > MAX_LISTED_IMAGES:
         return {"parts": parts}
-    text_hashes = (
-        _hash((e.captions, e.attributes, name)) for e, name in zip(entries, names, strict=True)
-    )
+    rows = zip(values(entries, "name"), ids, captions, attributes, names, strict=True)
     return {
         "parts": parts,
         "files": {
-            e.name: [i[:WIDTH], t]
-            for e, i, t in zip(entries, dataset.ids, text_hashes, strict=True)
+            file: [id_[:WIDTH], _hash((texts, numbers, name))]
+            for file, id_, texts, numbers, name in rows
         },
     }
 

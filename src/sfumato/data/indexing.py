@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
 from sfumato.data.files import cache_folder
 from sfumato.data.frames import expand_frames, unused_frames
 from sfumato.data.holdout import merge_groups, place_of, too_few_images
+from sfumato.data.index_store import KnownKeys, listed
 from sfumato.data.ledger import Ledger
-from sfumato.data.listing import Entry, Listing, Reject
+from sfumato.data.listing import Entry, Listing, Reject, values
 from sfumato.data.missing_labels import fill_missing
 from sfumato.data.parallel import ordered_map
 from sfumato.data.resizing import resizing
-from sfumato.data.value_range import choose_scale
+from sfumato.data.source_state import Identities
+from sfumato.data.stored_index import StoredIndex
+from sfumato.data.value_range import ChosenScale, choose_scale
 from sfumato.errors import DataError
 
 DECODER = 2  # raised when the same bytes come to give other pixels
@@ -54,82 +57,113 @@ def index(
         DataError: if the source is missing; if no image can be read, with the first reasons; or if
             the last channel is alpha in some images only.
     """
-    listing = fill_missing(
-        listing or config.source.listing(), caption=config.caption, category=config.category
-    )
+    kept = StoredIndex(config, annotations)
+    if (dataset := kept.load()) is not None and _is_kept_as_now(dataset, config):
+        if on_progress is not None:
+            on_progress(len(dataset.entries), len(dataset.entries))
+        return dataset
+    if listing is None:
+        listing = listed(config.source) if config.cache == "auto" else config.source.listing()
+    listing = fill_missing(listing, caption=config.caption, category=config.category)
     listing = expand_frames(listing, config.frames)
     excluded = _excluded_names(config)
     entries = [entry for entry in listing.entries if entry.name not in excluded]
     unused = [
-        Reject(e.name, f"listed in {config.exclude}") for e in listing.entries if e.name in excluded
+        Reject(name, f"listed in {config.exclude}")
+        for name in values(listing.entries, "name")
+        if name in excluded
     ]
     chosen_scale = choose_scale(config.range, entries)
     form = config.pixel_format(chosen_scale.scale)
-    store = _pixel_store(config, form, len(entries))
-    good: list[Entry] = []
-    facts: list[dict[str, Any]] = []
+    store = _pixel_store(config, form, len(entries), kept.known_keys())
+    read = _ReadImages()
     with quiet(), store:
         for number, (entry, fact) in enumerate(_read_images(entries, store)):
-            if "reject" in fact:
-                unused.append(Reject(entry.name, fact["reject"]))
-            else:
-                good.append(entry)
-                facts.append(fact)
+            read.add(entry, fact)
             if on_progress is not None:
                 on_progress(number + 1, len(entries))
-    rejects = [*listing.rejects, *unused]
-    read_rows, read_thumbnails = store.finish()
-    merged = merge_groups(
-        good, [str(fact["id"]) for fact in facts], _clusters(config, form, facts, read_thumbnails)
-    )
-    ids = [str(fact["id"]) for fact in facts]
-    if not ids:
+    unused += read.unused
+    if not read.good:
+        rejects = [*listing.rejects, *unused]
         raise too_few_images(0, listing.entries, rejects, where=place_of(config.source))
-    others = {entry.category for entry in good if entry.category is not None}
-    categories = (
-        *config.categories,
-        *sorted(others.difference(config.categories), key=_natural),
-    )
-    numbers = {name: number for number, name in enumerate(categories)}
-    notes: dict[str, list[str]] = {}
-    for entry, fact in zip(good, facts, strict=True):
-        for note in fact["notes"]:
-            notes.setdefault(note, []).append(entry.name)
+    dataset = _dataset(config, frozenset(annotations), listing, unused, chosen_scale, read, store)
+    kept.save(dataset, store.keys, store.identities)
+    return dataset
+
+
+@dataclass
+class _ReadImages:
+    """The images that were read, with the facts about each; and those that cannot be used."""
+
+    good: list[Entry] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    unused: list[Reject] = field(default_factory=list)
+
+    def add(self, entry: Entry, fact: dict[str, Any]) -> None:
+        if "reject" in fact:
+            self.unused.append(Reject(entry.name, fact["reject"]))
+        else:
+            self.good.append(entry)
+            self.facts.append(fact)
+
+    def notes(self) -> dict[str, Sequence[str]]:
+        """Return what had to be converted, by kind."""
+        notes: dict[str, list[str]] = {}
+        for entry, fact in zip(self.good, self.facts, strict=True):
+            for note in fact["notes"]:
+                notes.setdefault(note, []).append(entry.name)
+        return dict(notes)
+
+
+def _dataset(
+    config: DataConfig,
+    annotations: frozenset[str],
+    listing: Listing,
+    unused: list[Reject],
+    chosen_scale: ChosenScale,
+    read: _ReadImages,
+    store: PixelStore,
+) -> Dataset:
+    """Make a dataset of the images that were read."""
+    good, facts, form = read.good, read.facts, store.form
+    read_rows, read_thumbnails = store.finish()
+    ids = [str(fact["id"]) for fact in facts]
+    merged = merge_groups(good, ids, _clusters(config, form, ids, read_thumbnails))
+    labels, categories = _categories(config, values(good, "category"))
+    notes = read.notes()
     _require_one_kind_of_alpha(notes, len(good))
     shapes = np.array([fact["shape"] for fact in facts], np.int64)
     annotation_data = Annotations(
         entries=good,
         form=form,
         shapes=shapes,
-        names=frozenset(annotations),
+        names=annotations,
         resizing=np.array(
             [resizing(fact["size"], form.shapes[fact["shape"]]) for fact in facts], np.float32
         ).reshape(-1, 4),
         loss_mask=config.loss_mask,
     )
     with quiet():
+        unreadable: dict[str, list[str]] = {}
         for name, reject in annotation_data.find_unreadable():
-            notes.setdefault(f"{name}_unreadable", []).append(reject.name)
+            unreadable.setdefault(f"{name}_unreadable", []).append(reject.name)
         mask_lines = annotation_data.loss_mask_lines()
-    return Dataset(
+    losses = [_crop_loss(fact["size"], form.shapes[fact["shape"]]) for fact in facts]
+    dataset = Dataset(
         config=config,
         entries=good,
         ids=ids,
-        labels=torch.tensor(
-            [-1 if entry.category is None else numbers[entry.category] for entry in good]
-        ),
+        labels=labels,
         categories=categories,
         shapes=shapes,
         annotations=annotation_data,
         read_rows=read_rows,
         read_thumbnails=read_thumbnails if isinstance(read_thumbnails, RowReader) else None,
         clusters=merged.groups,
-        rejects=rejects,
+        rejects=[*listing.rejects, *unused],
         ledger=Ledger.of(listing, unused),
-        notes=notes,
-        crop_loss=float(
-            np.mean([_crop_loss(fact["size"], form.shapes[fact["shape"]]) for fact in facts])
-        ),
+        notes={**notes, **unreadable},
+        crop_loss=float(np.mean(losses)),
         scale=chosen_scale.scale,
         remarks=(
             *chosen_scale.lines,
@@ -138,9 +172,32 @@ def index(
             *mask_lines,
         ),
     )
+    assert dataset.parts  # refuses a source that holds out all of its images
+    return dataset
 
 
-def _require_one_kind_of_alpha(notes: dict[str, list[str]], count: int) -> None:
+def _categories(
+    config: DataConfig, named: Sequence[str | None]
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Return the number of each image's category, -1 where it has none, and their names."""
+    others = {name for name in named if name is not None}
+    categories = (
+        *config.categories,
+        *sorted(others.difference(config.categories), key=_natural),
+    )
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(categories)}
+    return torch.tensor([numbers.get(name, -1) for name in named]), categories
+
+
+def _is_kept_as_now(dataset: Dataset, config: DataConfig) -> bool:
+    """Return whether a dataset from the cache has its pixels where they would be put now."""
+    if dataset.read_rows is not None:
+        return True
+    store = _pixel_store(config, dataset.pixel_format, len(dataset.entries), KnownKeys(None))
+    return not store.keeps_pixels
+
+
+def _require_one_kind_of_alpha(notes: Mapping[str, Sequence[str]], count: int) -> None:
     """Raise DataError if the last channel is alpha in some images and something else in others."""
     without = notes.get("no_alpha", [])
     if without and len(without) < count:
@@ -155,14 +212,13 @@ def _require_one_kind_of_alpha(notes: dict[str, list[str]], count: int) -> None:
 def _clusters(
     config: DataConfig,
     form: PixelFormat,
-    facts: Sequence[Mapping[str, Any]],
+    ids: Sequence[str],
     read_thumbnails: Callable[[NDArray[np.int64]], NDArray[Any]],
 ) -> NDArray[np.int64]:
     """Return the groups of images that stay together.
 
     Groups of near-duplicates are kept in the cache, since finding them takes a while.
     """
-    ids = [str(fact["id"]) for fact in facts]
     if config.near_duplicates == "off":
         return np.arange(len(ids))
     if config.near_duplicates == "exact":
@@ -227,39 +283,58 @@ def _read_images(
 @dataclass(frozen=True, slots=True)
 class _ReadImage:
     """One image as read: the key of its bytes, and what the decoder returned unless the cache has
-    it.
+    it; and the number by which its bytes are known without being read.
     """
 
     key: str
+    identity: int | None = None
     decoded: Decoded | None = None
     thumbnail: NDArray[Any] | None = None
     reject: str | None = None
 
 
 def _read_image(entry: Entry, store: PixelStore) -> _ReadImage:
+    identity = store.identities_of.of(entry.image)
+    known = store.known.of(identity)
+    if known is not None and store.is_cached(known):
+        return _ReadImage(known, identity)
     try:
         data = entry.image.read()
     except (RejectedImage, OSError) as error:
         return _ReadImage("", reject=str(error))
     key = hashlib.sha256(data).hexdigest()[:32]
     if store.is_cached(key):
-        return _ReadImage(key)
+        return _ReadImage(key, identity)
     try:
         decoded = decode(data, store.form, identify=True)
     except RejectedImage as error:
         return _ReadImage(key, reject=str(error))
-    return _ReadImage(key, decoded, thumbnail(decoded.pixels))
+    return _ReadImage(key, identity, decoded, thumbnail(decoded.pixels))
 
 
 class PixelStore:
-    """The destination of decoded pixels while a source is indexed: cache, memory, or nowhere."""
+    """The destination of decoded pixels while a source is indexed: cache, memory, or nowhere.
 
-    def __init__(self, form: PixelFormat, cache: ArrayCache | None, *, in_memory: bool) -> None:
-        self.form, self.cache = form, cache
+    Attributes:
+        known: the keys of images that need not be read again.
+        keys, identities: of the images that were added.
+    """
+
+    def __init__(
+        self, form: PixelFormat, cache: ArrayCache | None, known: KnownKeys, *, in_memory: bool
+    ) -> None:
+        self.form, self.cache, self.known = form, cache, known
+        self.identities_of = Identities()
         self._writer = None if cache is None else Writer(cache)
-        self._keys: list[str] = []
+        self.keys: list[str] = []
+        self.identities: list[int] = []
         self._pixels: list[Pixels] | None = [] if cache is None and in_memory else None
         self._thumbnails: list[NDArray[Any]] = []
+
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether pixels are kept, on disk or in memory."""
+        return self.cache is not None or self._pixels is not None
 
     def __enter__(self) -> None:
         """Enter the context."""
@@ -275,11 +350,12 @@ class PixelStore:
 
     def add(self, image: _ReadImage) -> dict[str, Any]:
         """Store one image; return its facts, or {"reject": reason}."""
+        if image.reject is not None:
+            return {"reject": image.reject}
+        self.keys.append(image.key)
+        self.identities.append(image.identity or 0)
         if image.decoded is None:
-            if image.reject is not None:
-                return {"reject": image.reject}
             assert self.cache is not None
-            self._keys.append(image.key)
             return dict(self.cache.records[image.key].facts)
         decoded, small = image.decoded, image.thumbnail
         assert small is not None
@@ -292,7 +368,6 @@ class PixelStore:
         if decoded.frames > 1:
             facts["frames"] = decoded.frames
         if self._writer is not None and self.cache is not None:
-            self._keys.append(image.key)
             self._writer.add(image.key, facts, {"pixels": decoded.pixels, "thumbnail": small})
             # what is decoded stays, if the rest is interrupted
             if len(self._writer) >= COMMIT_EVERY:
@@ -312,9 +387,11 @@ class PixelStore:
         The first is None if no pixels were kept; thumbnails are (n, 32, 32, 3).
         """
         if self.cache is not None:
-            records = [self.cache.records[key] for key in self._keys]
-            thumbnails = RowReader(self.cache, [record.arrays["thumbnail"] for record in records])
-            return RowReader(
+            records = [self.cache.records[key] for key in self.keys]
+            thumbnails = RowReader.of(
+                self.cache, [record.arrays["thumbnail"] for record in records]
+            )
+            return RowReader.of(
                 self.cache, [record.arrays["pixels"] for record in records]
             ), thumbnails
         return None if self._pixels is None else _InMemory(
@@ -340,11 +417,11 @@ class _InMemory:
         return self.arrays[self.shapes[positions[0]]][self.row[positions]]
 
 
-def _pixel_store(config: DataConfig, form: PixelFormat, count: int) -> PixelStore:
+def _pixel_store(config: DataConfig, form: PixelFormat, count: int, known: KnownKeys) -> PixelStore:
     height, width = max(form.shapes, key=lambda shape: shape[0] * shape[1])
     size = form.channels * height * width * form.bits // 8
     cache = _cache(form, count, size) if config.cache == "auto" else None
-    return PixelStore(form, cache, in_memory=count * size <= config.memory_gib * 2**30)
+    return PixelStore(form, cache, known, in_memory=count * size <= config.memory_gib * 2**30)
 
 
 def _cache(form: PixelFormat, count: int, size: int) -> ArrayCache | None:

@@ -15,9 +15,10 @@ import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from sfumato.config import Extensible
 from sfumato.data import files
@@ -191,6 +192,15 @@ class Entry:
     repeats: int = 1
 
 
+def values(entries: Sequence[Entry], name: str) -> Sequence[Any]:
+    """Return one field of all entries, without making them where it is a column of its own."""
+    column = getattr(entries, "values", None)
+    found: Sequence[Any] = (
+        [getattr(entry, name) for entry in entries] if column is None else column(name)
+    )
+    return found
+
+
 @dataclass(frozen=True)
 class Reject:
     """Something left out, and why.
@@ -219,7 +229,7 @@ class Listing:
         remarks: how it was read, in whole sentences, where a person might expect something else.
     """
 
-    entries: list[Entry]
+    entries: Sequence[Entry]
     rejects: list[Reject] = field(default_factory=list)
     sidecars: dict[str, int] = field(default_factory=dict)
     unit: str = "files"
@@ -239,7 +249,13 @@ class Listing:
 class Source(Extensible, ABC):
     """A place that images come from. Every frozen dataclass that derives from it is a kind of
     source.
+
+    Attributes:
+        is_of_files: whether its listing follows from its settings and from the files at `path`
+            alone; it is then kept, and used again while the file system says that they are the same.
     """
+
+    is_of_files: ClassVar[bool] = False
 
     @abstractmethod
     def listing(self) -> Listing:

@@ -13,7 +13,7 @@ import torch
 from sfumato.autoencoders import KLConfig
 from sfumato.conditioners import CategoryConfig
 from sfumato.contexts import ContextConfig
-from sfumato.data import AugmentConfig, DataConfig, Listing, Source, source_at
+from sfumato.data import AugmentConfig, DataConfig, Listing, Source, listed, source_at
 from sfumato.diffusion import Linear, LogitNormal, Shift, UnitVariance, Warped
 from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.networks import UNetConfig
@@ -60,7 +60,7 @@ def choose(
         DataError: if the source does not exist or holds nothing.
     """
     source = source_at(place)
-    survey = Survey.of(source.listing() if listing is None else listing)
+    survey = Survey.of(listed(source) if listing is None else listing)
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import config as configuration
-from sfumato.data import Listing, Source, files, source_at
+from sfumato.data import Listing, Source, files, listed, source_at
 from sfumato.data.frames import expand_frames
 from sfumato.data.missing_labels import fill_missing
 from sfumato.data.pixel_format import MAX_BANDS
@@ -73,7 +73,7 @@ def resolve_config(source: str | Path | Run, overrides: Overrides = ()) -> Resol
     settings = configuration.with_overrides({}, overrides)
     if not isinstance(source, Run):
         refuse_diffusers(Path(source))
-    listing = source_at(str(source)).listing() if is_preset(source) and _is_source(source) else None
+    listing = listed(source_at(str(source))) if is_preset(source) and _is_source(source) else None
     choice = None if listing is None else _choose_preset(source, settings, listing)
     base, where = (
         (configuration.plain(choice.run), str(source)) if choice else _plain(source, settings)
@@ -143,7 +143,7 @@ def _plain(
         return configuration.merge(replace_limits(below, data)[0], data), str(path)
     if _is_source(source):
         return configuration.plain(
-            _choose_preset(source, settings, source_at(str(source)).listing()).run
+            _choose_preset(source, settings, listed(source_at(str(source)))).run
         ), str(source)
     return configuration.plain(recipe(str(source))), str(source)
 

@@ -9,7 +9,7 @@ from typing import Any
 from sfumato import config as configuration
 from sfumato.adapters import Adapter
 from sfumato.contexts import CONTEXTS, ContextConfig, Text
-from sfumato.data import DataConfig, Listing, source_at
+from sfumato.data import DataConfig, Listing, listed, source_at
 from sfumato.data.holdout import expected_holdout
 from sfumato.data.missing_labels import fill_missing
 from sfumato.errors import ConfigError
@@ -92,8 +92,8 @@ def choose_finetuning(
     images = source_at(source)
     data = _data(replace(start.run.data, source=images), overrides)
     _require_legal_sizes(data, start.multiple)
-    listed = data.source.listing()
-    listing = fill_missing(listed, caption=data.caption, category=data.category)
+    given = listed(data.source)
+    listing = fill_missing(given, caption=data.caption, category=data.category)
     count = len(listing.entries)
     captioned = sum(bool(entry.captions) for entry in listing.entries)
     _require_contexts(start.run, folder, source, listing)
@@ -146,7 +146,7 @@ def choose_finetuning(
         ),
     ]
     lines = (*start.remarks, *(f"chosen: {reason}" for reason in reasons))
-    return Finetuning(run=run, lines=lines, listing=listed)
+    return Finetuning(run=run, lines=lines, listing=given)
 
 
 def _choices(run: Run, *, trained: int, captioned: bool, overrides: Overrides) -> list[str]:

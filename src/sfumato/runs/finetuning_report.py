@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfumato.condition import reorder
-from sfumato.data import Dataset, index, to_float
+from sfumato.data import Dataset, index, listed, to_float
 from sfumato.data.copies import NO_COPY, CopyIndex
 from sfumato.errors import RunError
 from sfumato.generation.pipeline import Pipeline
@@ -219,7 +219,7 @@ def with_parity(report: FinetuningReport, path: str | Path) -> FinetuningReport:
     """
     directory = Path(path)
     trained = trained_model(directory, weights="auto", step=report.verdict.best_step)
-    captions = (entry.captions for entry in trained.run.data.source.listing().entries)
+    captions = (entry.captions for entry in listed(trained.run.data.source).entries)
     prompt = next((texts[0] for texts in captions if texts), trained.run.data.caption or "a photo")
     parity = compare_with_diffusers(trained, prompt, folder=directory)
     if parity.images is None:

@@ -129,6 +129,11 @@ def open_data(
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
         )
         bar.say(dataset.ledger.line())
+        if dataset.is_kept:
+            bar.say(
+                "no file has changed since they were read, as the file system says "
+                "(data.verify=always reads all)"
+            )
         for remark in dataset.ledger.remarks:
             bar.say(remark)
         for reject in dataset.rejects[:REJECTS_SHOWN]:

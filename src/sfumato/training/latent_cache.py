@@ -68,7 +68,7 @@ def with_latents(
     return replace(
         dataset,
         latents=PrecomputedLatents(
-            read_rows=RowReader(cache, places),
+            read_rows=RowReader.of(cache, places),
             numbers=dataset.training_numbers,
             variants=count,
             pixels=pixels,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES
@@ -40,6 +40,8 @@ class Folder(Source):
         folders: `categories`, or those of `kohya`, named REPEATS_CAPTION; `auto` takes them for
             kohya's if all are named so and are not merely numbered one after another.
     """
+
+    is_of_files: ClassVar[bool] = True
 
     path: str
     metadata: Literal["auto", "off"] = "auto"

@@ -1,4 +1,4 @@
-"""Parquet with images inside, as Hugging Face writes it. The only module that imports pyarrow."""
+"""Parquet with images inside, as Hugging Face writes it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sfumato.data import files
+from sfumato.data.arrow import arrow
 from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import (
     REPEATS_KEY,
@@ -37,22 +38,6 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture", "image_bytes")
 CACHE_BYTES = 512 << 20  # of row groups kept in memory by each process
 MAX_GROUP_BYTES, MAX_ROWS = 2 << 30, 5_000_000  # of one file
 BATCH, MAX_RATIO = 100, 200
-
-
-def arrow() -> Any:
-    """Import pyarrow.
-
-    Raises:
-        DataError: if it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(
-            "parquet needs the package pyarrow", where="data", hint="pip install 'sfumato[parquet]'"
-        ) from None
-    return pyarrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +135,8 @@ class Parquet(Source):
     Attributes:
         path: file, folder of files or URL.
     """
+
+    is_of_files: ClassVar[bool] = True
 
     path: str
 

@@ -43,6 +43,8 @@ class WebDataset(Source):
         path, metadata, unnamed: as of a folder.
     """
 
+    is_of_files: ClassVar[bool] = True
+
     kind: ClassVar[str] = "webdataset"
 
     path: str

@@ -7,7 +7,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES
@@ -40,6 +40,8 @@ class Zip(Source):
     Attributes:
         path, metadata, unnamed, folders: as of a folder.
     """
+
+    is_of_files: ClassVar[bool] = True
 
     path: str
     metadata: Literal["auto", "off"] = "auto"

@@ -1,0 +1,209 @@
+"""Entries in columns, which are memory-mapped and shared by all processes of a machine. An `Entry`
+is made when it is asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, overload
+
+from sfumato.data.arrow import arrow
+from sfumato.data.listing import Blob, Entry, File, Inline, Slice, ZipMember
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BLOBS = ("image", "doodle", "mask", "points")
+AT_ONCE = 10_000  # entries that are made at once by an iteration
+
+
+class NotStorable(Exception):
+    """An entry that columns cannot hold, such as one with a blob of another package."""
+
+
+@lru_cache
+def _blob_kinds() -> dict[str, type]:
+    """Return all kinds of blobs, by name: nothing else is ever made from a file."""
+    from sfumato.data.frames import Brightest, Frame
+    from sfumato.data.sources.huggingface import Item
+    from sfumato.data.sources.npz import ArrayImage
+    from sfumato.data.sources.parquet import Cell
+
+    kinds = (ArrayImage, Brightest, Cell, File, Frame, Inline, Item, Slice, ZipMember)
+    return {kind.__name__: kind for kind in kinds}
+
+
+class EntryTable(Sequence[Entry]):
+    """Entries in an Arrow table."""
+
+    def __init__(self, table: pyarrow.Table) -> None:
+        """Take the columns of `encode`; others are left alone."""
+        self._columns = {
+            name: column.chunk(0) if column.num_chunks else column.combine_chunks()
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
+        self._length = int(table.num_rows)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> Entry: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Entry]: ...
+    def __getitem__(self, place: int | slice) -> Entry | list[Entry]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = int(place)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"{number} of {len(self)} entries")
+        number %= len(self)
+        return _entry({name: column[number].as_py() for name, column in self._columns.items()})
+
+    def __iter__(self) -> Iterator[Entry]:
+        for begin in range(0, len(self), AT_ONCE):
+            parts = {
+                name: column[begin : begin + AT_ONCE].to_pylist()
+                for name, column in self._columns.items()
+            }
+            for row in zip(*parts.values(), strict=True):
+                yield _entry(dict(zip(parts, row, strict=True)))
+
+    def values(self, name: str) -> list[Any]:
+        """Return one field of all entries; see `listing.values`."""
+        if name in BLOBS:
+            return [getattr(entry, name) for entry in self]
+        found = self._columns[name].to_pylist()
+        if name == "captions":
+            return [tuple(texts) for texts in found]
+        return [_attributes(text) for text in found] if name == "attributes" else found
+
+
+def _attributes(text: str | None) -> tuple[tuple[str, float], ...]:
+    return () if text is None else tuple((name, value) for name, value in json.loads(text))
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    """Make an entry of one row."""
+    blobs = {
+        name: _decoded(row[f"{name}_kind"], row[f"{name}_path"], row[f"{name}_a"],
+                       row[f"{name}_b"], row[f"{name}_more"])
+        for name in BLOBS
+        if row.get(f"{name}_kind") is not None
+    }  # fmt: skip
+    return Entry(
+        name=row["name"],
+        category=row["category"],
+        captions=tuple(row["captions"]),
+        attributes=_attributes(row["attributes"]),
+        holdout=row["holdout"],
+        group=row["group"],
+        repeats=row["repeats"],
+        **blobs,
+    )
+
+
+def encode(entries: Sequence[Entry]) -> dict[str, pyarrow.Array]:
+    """Return the columns of entries.
+
+    Raises:
+        NotStorable: if a blob is of a kind that is not known here.
+    """
+    pa = arrow()
+    columns = {
+        "name": pa.array([entry.name for entry in entries], pa.large_string()),
+        "category": _few([entry.category for entry in entries]),
+        "captions": pa.array(
+            [entry.captions for entry in entries], pa.large_list(pa.large_string())
+        ),
+        "attributes": pa.array(
+            [json.dumps(entry.attributes) if entry.attributes else None for entry in entries],
+            pa.large_string(),
+        ),
+        "holdout": _few([entry.holdout for entry in entries]),
+        "group": pa.array([entry.group for entry in entries], pa.large_string()),
+        "repeats": pa.array([entry.repeats for entry in entries], pa.int32()),
+    }
+    for name in BLOBS:
+        blobs = [getattr(entry, name) for entry in entries]
+        if any(blob is not None for blob in blobs):
+            columns |= _encoded(name, blobs)
+    return columns
+
+
+def _few(texts: Sequence[str | None]) -> pyarrow.Array:
+    """Return a column of texts, each of which is kept once if most come often."""
+    pa = arrow()
+    array = pa.array(texts, pa.large_string())
+    coded = array.dictionary_encode()
+    return coded if 2 * len(coded.dictionary) < len(array) else array
+
+
+def _encoded(name: str, blobs: Sequence[Blob | None]) -> dict[str, pyarrow.Array]:
+    pa = arrow()
+    rows = [(None, None, None, None, None) if blob is None else _parts(blob) for blob in blobs]
+    kinds, paths, firsts, seconds, more = zip(*rows, strict=True)
+    return {
+        f"{name}_kind": _few(kinds),
+        f"{name}_path": _few(paths),
+        f"{name}_a": pa.array(firsts, pa.int64()),
+        f"{name}_b": pa.array(seconds, pa.int64()),
+        f"{name}_more": _few(more),
+    }
+
+
+@lru_cache
+def _layout(kind: type) -> tuple[list[str], list[str]]:
+    """Return which fields of a kind of blob are in columns of integers, and which are in JSON."""
+    names = [field.name for field in fields(kind)]
+    types = {field.name: str(field.type) for field in fields(kind)}
+    numbers = [name for name in names if types[name] == "int"][:2]
+    return numbers, [name for name in names if name not in ("path", *numbers)]
+
+
+def _parts(blob: Blob) -> tuple[str, str | None, int | None, int | None, str | None]:
+    """Return the kind of a blob, its path, its first two integers, and the rest as JSON."""
+    kind = type(blob)
+    if _blob_kinds().get(kind.__name__) is not kind:
+        raise NotStorable(kind.__name__)
+    numbers, rest = _layout(kind)
+    first, second = (*(getattr(blob, name) for name in numbers), None, None)[:2]
+    more = {name: _plain(getattr(blob, name)) for name in rest}
+    return (
+        kind.__name__,
+        getattr(blob, "path", None),
+        first,
+        second,
+        json.dumps(more) if more else None,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, str | int | tuple):
+        return value
+    return {"blob": _parts(value)}
+
+
+def _decoded(
+    kind: str, path: str | None, first: int | None, second: int | None, more: str | None
+) -> Blob:
+    numbers, _ = _layout(_blob_kinds()[kind])
+    values: dict[str, Any] = {} if path is None else {"path": path}
+    values |= dict(zip(numbers, (first, second), strict=False))
+    values |= {name: _value(value) for name, value in json.loads(more or "{}").items()}
+    blob: Blob = _blob_kinds()[kind](**values)
+    return blob
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, dict):
+        return value
+    return base64.b64decode(value["base64"]) if "base64" in value else _decoded(*value["blob"])

@@ -1,0 +1,212 @@
+"""The index of a source, kept in columns until a file of it changes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sfumato.data.annotations import Annotations
+from sfumato.data.array_cache import RowReader
+from sfumato.data.arrow import arrow
+from sfumato.data.dataset import DataConfig, Dataset, DatasetParts
+from sfumato.data.decoding import Scale
+from sfumato.data.entry_table import EntryTable, NotStorable, encode
+from sfumato.data.index_store import (
+    HexIds,
+    KnownKeys,
+    NamesAt,
+    Place,
+    Stored,
+    hashes,
+    is_lasting,
+    is_slow,
+    plain_rejects,
+    reader,
+    reader_columns,
+    rejects_of,
+)
+from sfumato.data.ledger import Ledger
+from sfumato.data.source_state import state_of
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MAX_NOTES = 31  # a bit for each
+READERS = ("rows", "thumbnails")
+
+
+class StoredIndex:
+    """Where the index of a configuration is kept, and the state of its source when this was asked."""
+
+    def __init__(self, config: DataConfig, annotations: Iterable[str]) -> None:
+        self._config, self._annotations = config, frozenset(annotations)
+        self._state = state_of(config.source) if config.cache == "auto" else None
+        self._trusts = config.verify == "auto" and self._state is not None
+        excluded = ""
+        if config.exclude is not None:
+            with contextlib.suppress(OSError):  # said when it is read
+                excluded = hashlib.sha256(Path(config.exclude).read_bytes()).hexdigest()
+        self._place = Place(
+            "indexes",
+            f"{replace(config, workers=0, verify='auto')!r} {sorted(self._annotations)} {excluded}",
+        )
+        self._begun, self._begun_ns = time.monotonic(), time.time_ns()
+
+    def load(self) -> Dataset | None:
+        """Return the dataset as it was indexed, if no file of it has changed; its pixels may be gone."""
+        stored = self._place.load(self._state) if self._trusts and self._state else None
+        if stored is None:
+            return None
+        readers = {
+            name: reader(name, stored) for name in READERS if f"{name}_files" in stored.facts
+        }
+        if None in readers.values():
+            return None
+        return _dataset(self._config, self._annotations, stored, readers)
+
+    def known_keys(self) -> KnownKeys:
+        """Return the keys of images whose files are as they were when they were last read."""
+        return KnownKeys(self._place.newest() if self._trusts else None)
+
+    def save(self, dataset: Dataset, keys: Sequence[str], identities: Sequence[int]) -> None:
+        """Keep a dataset, if it took long to index and its files were not changed meanwhile.
+
+        Args:
+            keys, identities: of its images.
+        """
+        if not is_slow(self._begun) or not isinstance(dataset.read_rows, RowReader | None):
+            return
+        if not is_lasting(self._config.source, self._state, self._begun_ns):
+            return
+        assert self._state is not None
+        with contextlib.suppress(NotStorable):
+            columns = {
+                **encode(dataset.entries),
+                **_columns(dataset),
+                "key": hashes(keys),
+                "identity": arrow().array(identities, arrow().int64()),
+            }
+            self._place.save(self._state, columns, _facts(dataset))
+
+
+def _columns(dataset: Dataset) -> dict[str, pyarrow.Array]:
+    """Return the columns of a dataset besides those of its entries."""
+    pa = arrow()
+    places = {name: number for number, name in enumerate(_names(dataset))}
+    if len(dataset.notes) > MAX_NOTES or len(places) < len(dataset.entries):
+        raise NotStorable("too many notes, or one name for two images")
+    bits = np.zeros(len(places), np.int32)
+    for number, names in enumerate(dataset.notes.values()):
+        bits[[places[name] for name in names]] |= 1 << number
+    part = np.zeros(len(places), np.int16)  # of the training set, unless it is said
+    for number, positions in enumerate(
+        (dataset.holdout, *dataset.named_holdouts.values()), start=1
+    ):
+        part[positions] = number
+    columns = {
+        "id": hashes(list(dataset.ids)),
+        "label": pa.array(dataset.labels.numpy().astype(np.int32)),
+        "shape": pa.array(dataset.shapes.astype(np.int16)),
+        "cluster": pa.array(dataset.clusters.astype(np.int64)),
+        "notes": pa.array(bits),
+        "part": pa.array(part),
+        "trained": pa.array(np.isin(np.arange(len(places)), dataset.training).astype(np.int8)),
+        "resizing": pa.FixedSizeListArray.from_arrays(dataset.annotations.resizing.reshape(-1), 4),
+    }
+    for name, its_reader in _readers(dataset).items():
+        columns |= reader_columns(name, its_reader)
+    return columns
+
+
+def _names(dataset: Dataset) -> list[str]:
+    return [entry.name for entry in dataset.entries]
+
+
+def _readers(dataset: Dataset) -> dict[str, RowReader]:
+    readers = {"rows": dataset.read_rows, "thumbnails": dataset.read_thumbnails}
+    return {name: each for name, each in readers.items() if isinstance(each, RowReader)}
+
+
+def _facts(dataset: Dataset) -> dict[str, Any]:
+    facts = {
+        "categories": dataset.categories,
+        "notes": list(dataset.notes),
+        "named_holdouts": list(dataset.named_holdouts),
+        "rejects": plain_rejects(dataset.rejects),
+        "ledger": asdict(dataset.ledger),
+        "crop_loss": dataset.crop_loss,
+        "scale": asdict(dataset.scale),
+        "remarks": dataset.remarks,
+        "fingerprint": dataset.fingerprint,
+        "whole_fingerprint": dataset.whole_fingerprint,
+    }
+    for name, its_reader in _readers(dataset).items():
+        facts |= {f"{name}_folder": str(its_reader.cache.folder), f"{name}_files": its_reader.names}
+    return facts
+
+
+def _dataset(
+    config: DataConfig,
+    annotations: frozenset[str],
+    stored: Stored,
+    readers: Mapping[str, RowReader | None],
+) -> Dataset:
+    """Return the dataset that a table holds."""
+    facts, entries = stored.facts, EntryTable(stored.table)
+    scale = Scale(**{
+        name: None if value is None else tuple(value) for name, value in facts["scale"].items()
+    })  # fmt: skip
+    shapes = stored.column("shape").astype(np.int64)
+    bits = stored.column("notes")
+    dataset = Dataset(
+        config=config,
+        entries=entries,
+        ids=HexIds(stored.column("id").reshape(-1, 16)),
+        labels=torch.from_numpy(stored.column("label").astype(np.int64)),
+        categories=tuple(facts["categories"]),
+        shapes=shapes,
+        annotations=Annotations(
+            entries=entries,
+            form=config.pixel_format(scale),
+            shapes=shapes,
+            names=annotations,
+            resizing=stored.column("resizing").reshape(-1, 4),
+            loss_mask=config.loss_mask,
+        ),
+        read_rows=readers.get("rows"),
+        read_thumbnails=readers.get("thumbnails"),
+        clusters=stored.column("cluster"),
+        rejects=rejects_of(facts["rejects"]),
+        ledger=Ledger(**facts["ledger"]),
+        notes={
+            note: NamesAt(entries, np.flatnonzero(bits & (1 << number)))
+            for number, note in enumerate(facts["notes"])
+        },
+        crop_loss=facts["crop_loss"],
+        scale=scale,
+        remarks=tuple(facts["remarks"]),
+        is_kept=True,
+    )
+    part = stored.column("part")
+    dataset.__dict__.update(  # what is computed when it is first asked for
+        parts=DatasetParts(
+            whole=np.flatnonzero(part == 0),
+            training=np.flatnonzero(stored.column("trained")),
+            holdout=np.flatnonzero(part == 1),
+            named={
+                name: np.flatnonzero(part == number)
+                for number, name in enumerate(facts["named_holdouts"], start=2)
+            },
+        ),
+        fingerprint=facts["fingerprint"],
+        whole_fingerprint=facts["whole_fingerprint"],
+    )
+    return dataset
