@@ -17,7 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-ALGORITHM = 4  # raised when a change regroups images
+from sfumato.data.neighbours import nearest_points
+from sfumato.data.parallel import ordered_map
+
+ALGORITHM = 5  # raised when a change regroups images
 SIDE = 32
 MIN_SIDE = 16  # pixels along the shorter side, under which a copy cannot be told from a look-alike
 NEIGHBOURS, DIMENSIONS = 8, 12
@@ -30,6 +33,7 @@ MAX_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
 ZOOMS, SHIFTS = (1.0, 1.035, 1.07, 1.105), (-1.0, -0.5, 0.0, 0.5, 1.0)
 MARGIN = 2  # pixels of a thumbnail at its rim, which an alignment may have to make up
 CHUNK = 4_000
+PAIRS_AT_A_LOOK = 500  # of one thread
 PAIRS_AT_ONCE = 1_000  # each takes about 100 kB while it is compared
 # of the range of values: a set that uses less is stretched before its images are compared
 DIM = 0.5
@@ -183,10 +187,10 @@ def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
     candidates = queries = np.arange(len(thumbnails))
     while len(queries):
         near = candidates[_neighbours(values[candidates], np.searchsorted(candidates, queries))]
-        new_pairs = [
-            part[_alike(thumbnails, part, correlation)]
-            for part, correlation in _candidate_pairs(thumbnails, values, near)
-        ]
+        new_pairs = ordered_map(
+            lambda chosen: chosen[0][_alike(thumbnails, *chosen)],
+            list(_candidate_pairs(thumbnails, values, near)),
+        )
         pairs = np.concatenate([pairs, *new_pairs])
         candidates, queries = _crowded(components(len(thumbnails), pairs), candidates)
     return pairs
@@ -231,14 +235,12 @@ def _neighbours(signatures: Floats, queries: NDArray[np.int64]) -> NDArray[np.in
 
     Pairs are (P, 2) with first < second.
     """
-    from scipy.spatial import cKDTree
-
     sample = signatures[:: max(1, len(signatures) // 20_000)]
     centre = sample.mean(0)
     axes = np.linalg.eigh((sample - centre).T @ (sample - centre))[1][:, -DIMENSIONS:]
     points = (signatures - centre) @ axes.astype(np.float32)
     count = min(NEIGHBOURS + 1, len(points))
-    _, nearest = cKDTree(points).query(points[queries], k=count, workers=-1)
+    nearest = nearest_points(points, queries, count)
     pairs = np.stack([np.repeat(queries, count), nearest.reshape(-1)], axis=1)
     return np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)
 
@@ -249,8 +251,9 @@ def _candidate_pairs(
     """Yield, in chunks, the pairs worth a closer look and the correlations of their signatures."""
     for part in np.array_split(pairs, len(pairs) // CHUNK + 1):
         correlation = _correlation(thumbnails, signatures, part)
-        chosen = correlation > MIN_CORRELATION
-        yield part[chosen], correlation[chosen]
+        chosen = np.flatnonzero(correlation > MIN_CORRELATION)
+        for few in np.array_split(chosen, len(chosen) // PAIRS_AT_A_LOOK + 1):
+            yield part[few], correlation[few]
 
 
 def _correlation(

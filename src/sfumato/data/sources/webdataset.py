@@ -19,6 +19,7 @@ from sfumato.data.files import UnsafePath
 from sfumato.data.listing import Listing, Reject, Slice, Source, printable_name, read
 from sfumato.data.sources.image_folder import ImageFolderReader
 from sfumato.data.split_names import held_out_files
+from sfumato.data.tar_headers import plain_member
 from sfumato.errors import DataError
 from sfumato.storage.atomic import write_text
 
@@ -257,7 +258,7 @@ def _index(path: Path) -> tuple[list[Member], list[Reject]]:
     rejects: list[Reject] = []
     size = path.stat().st_size
     with path.open("rb") as file, tarfile.TarFile(fileobj=_Headers(file)) as tar:  # type: ignore[arg-type]
-        for info in _headers(tar, path.name, rejects):
+        for info in _headers(tar, file.fileno(), size, path.name, rejects):
             # as Windows, and `tar c .`, write them
             plain = info.name.replace("\\", "/").removeprefix("./")
             name = printable_name(plain)
@@ -285,9 +286,17 @@ def _index(path: Path) -> tuple[list[Member], list[Reject]]:
     return members, rejects
 
 
-def _headers(tar: tarfile.TarFile, name: str, rejects: list[Reject]) -> Iterator[tarfile.TarInfo]:
+def _headers(
+    tar: tarfile.TarFile, file: int, size: int, name: str, rejects: list[Reject]
+) -> Iterator[tarfile.TarInfo]:
     for number in range(MAX_MEMBERS + 1):
         before = tar.offset
+        # the first is read already, and records for all members may change any of them
+        plain = plain_member(file, before, size) if number and not tar.pax_headers else None
+        if plain is not None:
+            info, tar.offset = plain
+            yield info
+            continue
         try:
             info = tar.next()
             if info is not None and tar.offset <= before and number:
