@@ -8,6 +8,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from sfumato.data.frames import expand_frames, unused_frames
 from sfumato.data.holdout import merge_groups, place_of, too_few_images
 from sfumato.data.index_store import KnownKeys, listed
 from sfumato.data.ledger import Ledger
-from sfumato.data.listing import Entry, Listing, Reject, values
+from sfumato.data.listing import Blob, Entry, Listing, Reject, values
 from sfumato.data.missing_labels import fill_missing
-from sfumato.data.parallel import ordered_map
+from sfumato.data.parallel import forked_map
 from sfumato.data.resizing import resizing
 from sfumato.data.source_state import Identities
 from sfumato.data.stored_index import StoredIndex
@@ -274,9 +275,8 @@ def _read_images(
     entries: Sequence[Entry], store: PixelStore
 ) -> Iterator[tuple[Entry, dict[str, Any]]]:
     """Yield each entry with the facts about its image, in order."""
-    for entry, image in zip(
-        entries, ordered_map(lambda entry: _read_image(entry, store), entries), strict=True
-    ):
+    images = forked_map(partial(_read_image, store=store), [entry.image for entry in entries])
+    for entry, image in zip(entries, images, strict=True):
         yield entry, store.add(image)
 
 
@@ -293,13 +293,13 @@ class _ReadImage:
     reject: str | None = None
 
 
-def _read_image(entry: Entry, store: PixelStore) -> _ReadImage:
-    identity = store.identities_of.of(entry.image)
+def _read_image(blob: Blob, store: PixelStore) -> _ReadImage:
+    identity = store.identities_of.of(blob)
     known = store.known.of(identity)
     if known is not None and store.is_cached(known):
         return _ReadImage(known, identity)
     try:
-        data = entry.image.read()
+        data = blob.read()
     except (RejectedImage, OSError) as error:
         return _ReadImage("", reject=str(error))
     key = hashlib.sha256(data).hexdigest()[:32]

@@ -1,26 +1,35 @@
-"""Work on many images at once in threads, which run in parallel since the parsers and the
-resampling release the GIL.
-"""
+"""Work on many items at once, in threads or in processes."""
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from os import cpu_count
 from threading import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from sfumato.errors import DataError
+from sfumato.platform import die_with_parent
 from sfumato.process.signals import raise_if_requested
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 CHUNK, AHEAD = 16, 8
 POLL_S = 0.5  # of waiting for a chunk, after which signals are looked at
+MIN_FORKED = 2000  # items, below which threads have done before processes are there
+MOST_BROKEN = 3  # times in a row that processes are begun again after one has died
+
+_forked: Callable[[Any], Any] | None = None  # what processes do; they have it from their parent
 
 
 def ordered_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
-    """Yield function(item) for each item, in order, computed by threads.
+    """Yield function(item) for each item, in order, computed by threads, which run in parallel where
+    the function releases the interpreter's lock.
 
     At most AHEAD chunks of CHUNK items are worked on or wait, so that memory stays bounded.
 
@@ -33,20 +42,88 @@ def ordered_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[
     def work(part: Sequence[In]) -> list[Out]:
         return [function(item) for item in part if not stopped.is_set()]
 
-    parts = (items[begin : begin + CHUNK] for begin in range(0, len(items), CHUNK))
-    waiting: deque[Future[list[Out]]] = deque()
     with ThreadPoolExecutor(max(1, min(8, cpu_count() or 1))) as pool:
         try:
-            for part in parts:
-                waiting.append(pool.submit(work, part))
-                if len(waiting) >= AHEAD:
-                    yield from _result(waiting.popleft())
-            while waiting:
-                yield from _result(waiting.popleft())
+            for result in _in_order(pool, work, _chunks(items)):
+                yield from result
         finally:
             stopped.set()
-            for future in waiting:
-                future.cancel()
+
+
+def forked_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
+    """Yield function(item) for each item, in order, as `ordered_map` does, computed by processes where
+    there are many items: the interpreter's lock lets threads read small images no faster than one.
+
+    Processes are forked with all that the function needs; items and results are pickled. If one
+    dies, others do its work.
+
+    Raises:
+        Interrupted: as `ordered_map`.
+        DataError: if processes die again and again, as they do for want of memory.
+    """
+    if len(items) < MIN_FORKED or (cpu_count() or 1) < 2 or not _can_fork():
+        yield from ordered_map(function, items)
+        return
+    parts = list(_chunks(items))
+    done = broken = 0
+    while done < len(parts):
+        try:
+            for result in _by_processes(function, parts[done:]):
+                yield from result
+                done, broken = done + 1, 0
+        except BrokenProcessPool:
+            broken += 1
+            if broken > MOST_BROKEN:
+                raise DataError(
+                    f"processes that read images have died {broken} times in a row",
+                    where="data",
+                    hint="see whether memory is short (dmesg); what was read so far is kept",
+                ) from None
+
+
+def _by_processes(
+    function: Callable[[In], Out], parts: Sequence[Sequence[In]]
+) -> Iterator[list[Out]]:
+    global _forked
+    _forked = function
+    pool = ProcessPoolExecutor(
+        cpu_count(), multiprocessing.get_context("fork"), initializer=die_with_parent
+    )
+    try:
+        yield from _in_order(pool, _in_process, iter(parts))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _forked = None
+
+
+def _in_process(part: Sequence[Any]) -> list[Any]:
+    assert _forked is not None
+    return [_forked(item) for item in part]
+
+
+def _can_fork() -> bool:
+    return sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+
+
+def _chunks(items: Sequence[In]) -> Iterator[Sequence[In]]:
+    return (items[begin : begin + CHUNK] for begin in range(0, len(items), CHUNK))
+
+
+def _in_order(
+    pool: Executor, work: Callable[[Sequence[In]], list[Out]], parts: Iterator[Sequence[In]]
+) -> Iterator[list[Out]]:
+    """Yield the result of each part, in order."""
+    waiting: deque[Future[list[Out]]] = deque()
+    try:
+        for part in parts:
+            waiting.append(pool.submit(work, part))
+            if len(waiting) >= AHEAD:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _result(future: Future[list[Out]]) -> list[Out]:

@@ -294,8 +294,8 @@ def _headers(
         # the first is read already, and records for all members may change any of them
         plain = plain_member(file, before, size) if number and not tar.pax_headers else None
         if plain is not None:
-            info, tar.offset = plain
-            yield info
+            tar.offset = plain[1]
+            yield plain[0]
             continue
         try:
             info = tar.next()
