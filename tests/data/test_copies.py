@@ -67,7 +67,7 @@ def with_siblings() -> Dataset:
     siblings = [encoded_again(pixels[:ORIGINALS], 86 + number) for number in range(SIBLINGS)]
     everything = np.concatenate([pixels, *siblings])
     small = np.stack([thumbnail(image) for image in everything])
-    groups = clusters([str(i) for i in range(len(everything))], small, resolution=32)
+    groups = clusters([str(i) for i in range(len(everything))], small.__getitem__, resolution=32)
     assert np.bincount(groups).max() == 1 + SIBLINGS
     return dataset_of(everything, groups=groups)
 

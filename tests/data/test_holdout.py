@@ -128,7 +128,7 @@ def frames(count: int, side: int = 64) -> np.ndarray:
 
 def test_frames_each_like_the_next_are_several_groups_around_one_of_them() -> None:
     small = np.array([thumbnail(frame) for frame in frames(48)])
-    groups = clusters(ids(48), small, resolution=64)
+    groups = clusters(ids(48), small.__getitem__, resolution=64)
     sizes = np.bincount(groups)
     assert sizes.max() < 40  # a chain would have all of them
     assert sizes.max() > 1  # neighbours are still found
@@ -153,7 +153,7 @@ def test_dim_and_sparse_images_are_told_apart() -> None:
     for images in (dim, list(stars)):
         small = np.array([thumbnail(image) for image in images])
         assert stretch_contrast(small).max() > 200
-        assert len(set(clusters(ids(20), small, resolution=64))) == 20
+        assert len(set(clusters(ids(20), small.__getitem__, resolution=64))) == 20
     bright = np.array([thumbnail(frame) for frame in frames(3)])
     assert stretch_contrast(bright) is bright  # a set that uses its range is compared as it is
 

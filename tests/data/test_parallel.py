@@ -82,6 +82,15 @@ def test_an_error_of_the_work_is_raised(map_) -> None:  # type: ignore[no-untype
     assert not multiprocessing.active_children()
 
 
+def test_an_error_of_ours_arrives_whole() -> None:
+    def work(item: int) -> int:
+        raise DataError("is damaged", where="a.tar", hint="download it again")
+
+    with pytest.raises(DataError, match="is damaged") as caught:
+        list(forked_map(work, ITEMS, chunk=1))
+    assert (caught.value.where, caught.value.hint) == ("a.tar", "download it again")
+
+
 def test_an_index_made_by_processes_is_that_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

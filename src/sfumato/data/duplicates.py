@@ -9,9 +9,9 @@ or the colour of a face stay apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,20 +94,49 @@ def contrast_limits(thumbnails: NDArray[Any]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def clusters(ids: Sequence[str], thumbnails: NDArray[Any], *, resolution: int) -> NDArray[np.int64]:
+class Thumbnails(Protocol):
+    """Thumbnails (N, 32, 32, 3) of 8 bits: an array, or what reads them when they are asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, places: Any, /) -> NDArray[np.uint8]: ...
+
+
+class StoredThumbnails:
+    """Thumbnails that are read when they are asked for, stretched as a set."""
+
+    def __init__(
+        self, read: Callable[[NDArray[np.int64]], NDArray[Any]], positions: NDArray[np.int64]
+    ) -> None:
+        self._read, self._positions = read, positions
+        self._limits = contrast_limits(read(positions[:: max(1, len(positions) // 1000)]))
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, places: Any, /) -> NDArray[np.uint8]:
+        return stretch_contrast(self._read(self._positions[places]), self._limits)
+
+
+def clusters(
+    ids: Sequence[str],
+    read: Callable[[NDArray[np.int64]], NDArray[Any]],
+    *,
+    resolution: int,
+) -> NDArray[np.int64]:
     """Return the number of the group of equal or nearly equal images that each belongs to, (N,).
 
     All images of a group are nearly equal to one of them, so that the frames of a video, each like
     the next, do not all form one group.
 
     Args:
+        read: thumbnails (n, 32, 32, 3) at positions.
         resolution: pixels along the shortest side; below MIN_SIDE, only exact copies are grouped.
     """
     firsts: dict[str, int] = {}
     same = np.array([firsts.setdefault(id_, number) for number, id_ in enumerate(ids)], np.int64)
     distinct = np.unique(same)
-    small = (
-        stretch_contrast(thumbnails)[distinct]
+    small: Thumbnails = (
+        StoredThumbnails(read, distinct)
         if resolution >= MIN_SIDE
         else np.empty((0, SIDE, SIDE, 3), np.uint8)
     )
@@ -121,7 +150,7 @@ def clusters(ids: Sequence[str], thumbnails: NDArray[Any], *, resolution: int) -
 
 
 def _choose_leaders(
-    thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], ids: Sequence[str]
+    thumbnails: Thumbnails, pairs: NDArray[np.int64], ids: Sequence[str]
 ) -> NDArray[np.int64]:
     """Return the leader of each thumbnail: among connected ones, the one with the most copies.
 
@@ -175,7 +204,7 @@ def components(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     return result
 
 
-def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
+def near_pairs(thumbnails: Thumbnails) -> NDArray[np.int64]:
     """Return pairs (P, 2) of near-duplicates among thumbnails (N, 32, 32, 3).
 
     They connect the images of each group. Time grows as N log N.
@@ -207,12 +236,12 @@ def _crowded(
     return np.sort(candidates[firsts]), candidates[firsts[sizes > NEIGHBOURS // 2]]
 
 
-def signatures(thumbnails: NDArray[np.uint8]) -> Floats:
+def signatures(thumbnails: Thumbnails) -> Floats:
     """Return 8 x 8 means of thumbnails (N, 32, 32, 3) without brightness and contrast: (N, 192)."""
     values = np.concatenate(
         [
-            _means(part, SIDE // 8)
-            for part in np.array_split(thumbnails, len(thumbnails) // CHUNK + 1)
+            _means(thumbnails[begin : begin + CHUNK], SIDE // 8)
+            for begin in range(0, max(1, len(thumbnails)), CHUNK)
         ]
     )
     values = values.reshape(len(thumbnails), -1)
@@ -246,7 +275,7 @@ def _neighbours(signatures: Floats, queries: NDArray[np.int64]) -> NDArray[np.in
 
 
 def _candidate_pairs(
-    thumbnails: NDArray[np.uint8], signatures: Floats, pairs: NDArray[np.int64]
+    thumbnails: Thumbnails, signatures: Floats, pairs: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Floats]]:
     """Yield, in chunks, the pairs worth a closer look and the correlations of their signatures."""
     for part in np.array_split(pairs, len(pairs) // CHUNK + 1):
@@ -256,9 +285,7 @@ def _candidate_pairs(
             yield part[few], correlation[few]
 
 
-def _correlation(
-    thumbnails: NDArray[np.uint8], signatures: Floats, pairs: NDArray[np.int64]
-) -> Floats:
+def _correlation(thumbnails: Thumbnails, signatures: Floats, pairs: NDArray[np.int64]) -> Floats:
     """Return the correlation of the signatures of each pair, of pixels where these are flat."""
     first, second = signatures[pairs[:, 0]], signatures[pairs[:, 1]]
     correlation: Floats = (first * second).sum(1) / (
@@ -283,7 +310,7 @@ def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Fl
 
 
 def near_duplicates(
-    thumbnails: NDArray[np.uint8], signatures: Floats, pairs: NDArray[np.int64]
+    thumbnails: Thumbnails, signatures: Floats, pairs: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """Return whether the two images of each pair (P, 2) are near-duplicates, (P,).
 
@@ -299,7 +326,7 @@ def near_duplicates(
 
 
 def _alike(
-    thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], correlation: Floats
+    thumbnails: Thumbnails, pairs: NDArray[np.int64], correlation: Floats
 ) -> NDArray[np.bool_]:
     """Return whether the thumbnails of each pair show the same, as they are or after alignment."""
     alike = np.zeros(len(pairs), bool)

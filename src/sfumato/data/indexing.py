@@ -89,7 +89,8 @@ def index(
         raise too_few_images(0, listing.entries, rejects, where=place_of(config.source))
     dataset = _dataset(config, frozenset(annotations), listing, unused, chosen_scale, read, store)
     kept.save(dataset, store.keys, store.identities)
-    return dataset
+    # from here on in columns, which take little memory
+    return kept.load(is_new=True) or dataset
 
 
 @dataclass
@@ -223,7 +224,7 @@ def _clusters(
     if config.near_duplicates == "off":
         return np.arange(len(ids))
     if config.near_duplicates == "exact":
-        return clusters(ids, np.empty(0, np.uint8), resolution=0)
+        return clusters(ids, read_thumbnails, resolution=0)
     identity = hashlib.sha256(
         f"{DECODER} {ALGORITHM} {form!r} {' '.join(ids)}".encode()
     ).hexdigest()
@@ -231,8 +232,7 @@ def _clusters(
     if stored is not None and stored.shape == (len(ids),):
         result: NDArray[np.int64] = stored.astype(np.int64)
         return result
-    thumbnails = read_thumbnails(np.arange(len(ids)))
-    groups = clusters(ids, thumbnails, resolution=min(min(shape) for shape in form.shapes))
+    groups = clusters(ids, read_thumbnails, resolution=min(min(shape) for shape in form.shapes))
     if config.cache == "auto":
         save_array("clusters", identity, groups)
     return groups
@@ -394,9 +394,12 @@ class PixelStore:
             return RowReader.of(
                 self.cache, [record.arrays["pixels"] for record in records]
             ), thumbnails
-        return None if self._pixels is None else _InMemory(
-            self._pixels
-        ), lambda positions: np.array([self._thumbnails[i] for i in positions])
+        return None if self._pixels is None else _InMemory(self._pixels), self._thumbnails_at
+
+    def _thumbnails_at(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        like = self._thumbnails[0]
+        found = [self._thumbnails[position] for position in positions]
+        return np.array(found, like.dtype).reshape(-1, *like.shape)
 
 
 class _InMemory:

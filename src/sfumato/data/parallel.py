@@ -50,21 +50,26 @@ def ordered_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[
             stopped.set()
 
 
-def forked_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
+def forked_map(
+    function: Callable[[In], Out], items: Sequence[In], *, chunk: int = CHUNK, images: int = 1
+) -> Iterator[Out]:
     """Yield function(item) for each item, in order, as `ordered_map` does, computed by processes where
     there are many items: the interpreter's lock lets threads read small images no faster than one.
 
     Processes are forked with all that the function needs; items and results are pickled. If one
     dies, others do its work.
 
+    Args:
+        chunk: items that a process is given at once.
+        images: about how many images an item is.
     Raises:
         Interrupted: as `ordered_map`.
         DataError: if processes die again and again, as they do for want of memory.
     """
-    if len(items) < MIN_FORKED or (cpu_count() or 1) < 2 or not _can_fork():
+    if images * len(items) < MIN_FORKED or (cpu_count() or 1) < 2 or not _can_fork():
         yield from ordered_map(function, items)
         return
-    parts = list(_chunks(items))
+    parts = list(_chunks(items, chunk))
     done = broken = 0
     while done < len(parts):
         try:
@@ -105,8 +110,8 @@ def _can_fork() -> bool:
     return sys.platform == "linux" and threading.current_thread() is threading.main_thread()
 
 
-def _chunks(items: Sequence[In]) -> Iterator[Sequence[In]]:
-    return (items[begin : begin + CHUNK] for begin in range(0, len(items), CHUNK))
+def _chunks(items: Sequence[In], size: int = CHUNK) -> Iterator[Sequence[In]]:
+    return (items[begin : begin + size] for begin in range(0, len(items), size))
 
 
 def _in_order(

@@ -60,8 +60,12 @@ class StoredIndex:
         )
         self._begun, self._begun_ns = time.monotonic(), time.time_ns()
 
-    def load(self) -> Dataset | None:
-        """Return the dataset as it was indexed, if no file of it has changed; its pixels may be gone."""
+    def load(self, *, is_new: bool = False) -> Dataset | None:
+        """Return the dataset as it was indexed, if no file of it has changed.
+
+        Args:
+            is_new: whether it was saved just now.
+        """
         stored = self._place.load(self._state) if self._trusts and self._state else None
         if stored is None:
             return None
@@ -70,7 +74,7 @@ class StoredIndex:
         }
         if None in readers.values():
             return None
-        return _dataset(self._config, self._annotations, stored, readers)
+        return _dataset(self._config, self._annotations, stored, readers, is_kept=not is_new)
 
     def known_keys(self) -> KnownKeys:
         """Return the keys of images whose files are as they were when they were last read."""
@@ -158,6 +162,8 @@ def _dataset(
     annotations: frozenset[str],
     stored: Stored,
     readers: Mapping[str, RowReader | None],
+    *,
+    is_kept: bool,
 ) -> Dataset:
     """Return the dataset that a table holds."""
     facts, entries = stored.facts, EntryTable(stored.table)
@@ -193,7 +199,7 @@ def _dataset(
         crop_loss=facts["crop_loss"],
         scale=scale,
         remarks=tuple(facts["remarks"]),
-        is_kept=True,
+        is_kept=is_kept,
     )
     part = stored.column("part")
     dataset.__dict__.update(  # what is computed when it is first asked for

@@ -17,13 +17,14 @@ from sfumato.data import files
 from sfumato.data.file_types import ANNOTATION_FILES, HEAD_BYTES, is_image
 from sfumato.data.files import UnsafePath
 from sfumato.data.listing import Listing, Reject, Slice, Source, printable_name, read
+from sfumato.data.parallel import forked_map
 from sfumato.data.sources.image_folder import ImageFolderReader
 from sfumato.data.split_names import held_out_files
 from sfumato.data.tar_headers import plain_member
 from sfumato.errors import DataError
 from sfumato.storage.atomic import write_text
 
-MAX_MEMBERS = 1_000_000  # of one shard
+MAX_MEMBERS, USUAL_MEMBERS = 1_000_000, 1_000  # of one shard
 MAX_HEADER_BYTES = 1 << 20  # of one member's extended header
 
 
@@ -60,9 +61,9 @@ class WebDataset(Source):
         """
         shards, rejects = self._shards()
         members: dict[str, tuple[str, Member]] = {}
-        for shard in shards:
+        indexed = forked_map(index_members, shards, chunk=1, images=USUAL_MEMBERS)
+        for shard, (shard_members, refused) in zip(shards, indexed, strict=True):
             prefix = "" if shard == self.path else f"{self._below(shard)}/"
-            shard_members, refused = index_members(shard)
             display = _display_name(prefix)
             rejects += [
                 Reject(display(prefix + reject.name), reject.reason, reject.part)
