@@ -4,7 +4,6 @@ best look, and figures of its samples beside test images that no run has seen.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from sfumato.condition import to_device
 from sfumato.data import Dataset, to_float
+from sfumato.data.dataset import DatasetParts
 from sfumato.evaluation.coverage import RealImages
 from sfumato.evaluation.distances import DistanceEstimate, KernelReference, compare_kernels
 from sfumato.generation.pipeline import Pipeline
@@ -61,10 +61,10 @@ def split(dataset: Dataset, *, pool: int, looks: int, test: int, seed: int = 0) 
 
 def with_split(dataset: Dataset, *, training: Positions, held_out: Positions) -> Dataset:
     """Return the dataset with other parts; positions that appear twice are trained on twice."""
-    chosen = copy.copy(dataset)
-    parts = {"training": np.unique(training), "epoch": np.sort(training), "holdout": held_out}
-    for name, positions in parts.items():  # a dataset splits itself, by a hash
-        object.__setattr__(chosen, name, positions)
+    chosen, drawn = replace(dataset), np.unique(training)
+    parts = DatasetParts(whole=drawn, training=drawn, holdout=held_out, named={})
+    # a dataset splits itself, by a hash, when it is first asked
+    chosen.__dict__.update(parts=parts, epoch=np.sort(training))
     return chosen
 
 
