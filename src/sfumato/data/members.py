@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 4096  # elements that are searched through for one of them
-CHUNK = 256 * BLOCK  # elements that are counted at once
+BLOCK = 1024  # elements that are searched through for one of them
+CHUNK = 1024 * BLOCK  # elements that are counted at once
 
 
 class Members:
     """The positions of the elements of each kind in a column of kinds, by their rank within it.
 
-    Only the counts before each block of the column are held: 8 bytes for each kind and 4,096 elements.
+    Only the counts before each block of the column are held: 8 bytes for each kind and 1,024 elements.
 
     Attributes:
         kinds: the values that the column has, sorted, (k,).
@@ -21,7 +21,8 @@ class Members:
 
     def __init__(self, column: NDArray[np.integer]) -> None:
         """Count the elements of a column of small numbers from 0 on, (n,)."""
-        self._column = column
+        small = np.min_scalar_type(int(column.max(initial=0)))
+        self._column = column if column.itemsize <= small.itemsize else column.astype(small)
         most, blocks = int(column.max(initial=0)) + 1, -(-len(column) // BLOCK)
         inside = np.zeros((blocks + 1, most), np.int64)
         for begin in range(0, len(column), CHUNK):
@@ -40,9 +41,9 @@ class Members:
             return ranks
         before = self._before[:, number]
         blocks = np.searchsorted(before, ranks, side="right") - 1
-        result = np.empty_like(ranks)
-        for block in np.unique(blocks):
-            chosen, begin = blocks == block, int(block) * BLOCK
-            same = np.flatnonzero(self._column[begin : begin + BLOCK] == self.kinds[number])
-            result[chosen] = begin + same[ranks[chosen] - before[block]]
+        places = blocks[:, None] * BLOCK + np.arange(BLOCK)
+        same = self._column.take(places, mode="clip") == self.kinds[number]
+        found = np.cumsum(same, axis=1, dtype=np.int16)
+        inside = (found <= (ranks - before[blocks])[:, None]).sum(1)
+        result: NDArray[np.int64] = blocks * BLOCK + inside
         return result

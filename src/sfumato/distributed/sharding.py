@@ -7,7 +7,8 @@ Source: PyTorch's `fully_shard` (FSDP2), after Zhao et al. 2023 (arXiv:2304.1127
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
@@ -98,21 +99,27 @@ class Engine:
     def place(self, network: nn.Module, units: Sequence[nn.Module]) -> None:
         """Share a network; `units` are the parts of it that are needed one after another."""
 
-    def begin_step(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Have the gradients of parameters, the same in each step, summed over all processes."""
-        if self.world.size > 1:
-            self._sum = self._sum or GradientSum(self.world, parameters)
-            self._sum.begin()
+    @contextmanager
+    def summed(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Sum the gradients of parameters, the same in each step, over all processes, while and after
+        the block computes them.
+        """
+        if self.world.size == 1:
+            yield
+            return
+        self._sum = self._sum or GradientSum(self.world, parameters)
+        self._sum.begin()
+        try:
+            yield
+        except BaseException:
+            self._sum.abandon()
+            raise
+        self._sum.finish()
 
     def expect(self, network: nn.Module, *, last: bool) -> None:
         """Say before a backward pass whether it is the step's last one."""
         if self._sum is not None:
             self._sum.expect(last=last)
-
-    def sum_gradients(self) -> None:
-        """Wait after a step's last backward pass for the sums of gradients."""
-        if self._sum is not None:
-            self._sum.finish()
 
 
 class Sharded(Engine):
@@ -152,10 +159,13 @@ class Sharded(Engine):
                 module.set_force_sum_reduction_for_comms(True)
 
     def expect(self, network: nn.Module, *, last: bool) -> None:
-        """Let gradients be summed in the last backward pass only."""
-        super().expect(network, last=last)
+        """Let gradients be summed in the last backward pass only. Those outside the network wait for its
+        end: sums that begin by what gradients a process has would mix with the network's own.
+        """
         network.set_requires_gradient_sync(last)  # type: ignore[operator]
 
-    def begin_step(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Have the gradients of parameters outside the network summed; it sums its own."""
-        super().begin_step([p for p in parameters if not is_sharded(p)])
+    @contextmanager
+    def summed(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Sum the gradients of parameters outside the network; it sums its own."""
+        with super().summed([p for p in parameters if not is_sharded(p)]):
+            yield

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfumato.data import BatchPlan, Dataset
+from sfumato.data.batch_plan import NEWEST, ORDERS
 from sfumato.data.dataset_diff import changes, held_out_after_training
 from sfumato.errors import CheckpointError
 from sfumato.storage.base_parts import PARTS, require_same_parts
@@ -76,6 +77,22 @@ def require_same_run(
                 hint=hint,
             )
     return warnings + require_same_parts(state.get(PARTS, {}), facts.get(PARTS, {}), where=where)
+
+
+def plan_version(loaded: Checkpoint) -> int:
+    """Return the version of the order of batches that a run began with.
+
+    Raises:
+        CheckpointError: if it is not known here.
+    """
+    version = loaded.state.get("plan_version", 1)  # of runs from before there were several
+    if version not in ORDERS:
+        raise CheckpointError(
+            f"its batches come in an order of version {version!r}, and {NEWEST} is the newest here",
+            where=str(loaded.path),
+            hint="resume the run with the version of sfumato that it was trained with, or a newer one",
+        )
+    return int(version)
 
 
 def _accepted(state: Mapping[str, Any], dataset: Dataset, directory: RunDirectory) -> list[str]:

@@ -35,7 +35,7 @@ from sfumato.training.config import TrainingConfig
 from sfumato.training.guard import Recent, UnstableError, go_back, judge
 from sfumato.training.hooks import HOOKS, Hook, Session
 from sfumato.training.precision import DTYPES
-from sfumato.training.same_run import require_same_run
+from sfumato.training.same_run import plan_version, require_same_run
 from sfumato.training.saving import LAST_WAITS_S, STOP_WAITS_S, RunSaver
 from sfumato.training.state import TrainingState
 from sfumato.training.stopping import STOP_AT
@@ -158,7 +158,7 @@ class Trainer:
         loaded, warnings = self.newest_checkpoint()
         changed = loaded.state.get("data") != self.fingerprint
         begins = loaded.step if accepts_data and changed else loaded.state.get("plan_begins", 0)
-        version = int(loaded.state.get("plan_version", 1))  # runs from before there were several
+        version = plan_version(loaded)
         self.plan = replace(self.plan, begins=int(begins), version=version)
         warnings += require_same_run(
             loaded,
@@ -452,9 +452,8 @@ class Trainer:
         self._whole = False
         state, config = self.state, self.config
         counters = state.counters
-        self.engine.begin_step([p for part in state.optimized_parts for p in part.parameters])
-        losses = self._backward_in_memory(batch, self._dtype)
-        self.engine.sum_gradients()
+        with self.engine.summed([p for part in state.optimized_parts for p in part.parameters]):
+            losses = self._backward_in_memory(batch, self._dtype)
         # The step's only wait for the device: whether the weights may move is decided here, on the
         # host.
         total, *norms = torch.stack(
