@@ -4,6 +4,7 @@ and nothing else.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -11,9 +12,9 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -462,3 +463,137 @@ def test_rows_that_end_too_early_are_noticed(tmp_path: Path) -> None:
     file = next((tmp_path / "cache").glob("pixels/*/segment-*/pixels*"))
     file.write_bytes(file.read_bytes()[:-1])
     assert not reader.is_whole
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, wanted: str, number: int) -> None:
+    """Let reading of some files fail, as a disk does for a while."""
+    real = listing._read
+
+    def read(path: str, offset: int, most: int) -> bytes:
+        if path.endswith(wanted):
+            raise OSError(number, "no luck")
+        return real(path, offset, most)
+
+    monkeypatch.setattr(listing, "_read", read)
+
+
+@pytest.mark.parametrize("wanted", ["4.png", "4.txt", "7.doodle.png"])
+def test_what_a_failing_disk_has_left_out_is_not_kept(
+    wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(folder(tmp_path / "set"))
+    with monkeypatch.context() as patch:
+        failing(patch, wanted, errno.EIO)
+        poor = opened(config)
+        listed(config.source)
+    again = opened(config)
+    assert not again.is_kept
+    assert contents(again) != contents(poor)
+    assert len(list(again.rejects)) == 1  # the cut one
+
+
+def test_what_lasts_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(folder(tmp_path / "set"))
+    with monkeypatch.context() as patch:
+        failing(patch, "4.png", errno.EACCES)  # another mode is another state
+        opened(config)
+        assert opened(config).is_kept
+
+
+def test_always_lists_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_state, "_of", lambda state: (state.st_size, 0, 0, 0))
+    place = folder(tmp_path / "set")
+    config = configured(place)
+    opened(config)
+    kept = listed(config.source)
+    assert isinstance(kept.entries, EntryTable)
+    text = (place / "b" / "003.txt").read_text()
+    (place / "b" / "003.txt").write_text(text.upper())
+    changed = index(replace(config, verify="always"), listing=kept)
+    assert text.upper() in [caption for e in changed.entries for caption in e.captions]
+    plain = listed(config.source, trusts=False)
+    assert text.upper() in [caption for e in plain.entries for caption in e.captions]
+
+
+def test_a_listing_from_before_a_change_is_not_kept_as_the_state_after_it(tmp_path: Path) -> None:
+    place = folder(tmp_path / "set")
+    config = configured(place)
+    before = listed(config.source)
+    (place / "b" / "003.txt").write_text("changed meanwhile")
+    index(config, annotations=("text",), listing=before)
+    after = index(config, annotations=("text",))
+    assert not after.is_kept
+    assert "changed meanwhile" in [caption for e in after.entries for caption in e.captions]
+
+
+def test_a_kind_derived_from_a_built_in_one_is_not_kept(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Captioned(Folder):
+        """Its captions come from elsewhere."""
+
+        kind: ClassVar[str] = "captioned for a test"
+
+    assert source_state.state_of(Captioned(str(folder(tmp_path / "set")))) is None
+
+
+def test_a_folder_renamed_and_linked_anew_is_another_state(tmp_path: Path) -> None:
+    place = folder(tmp_path / "set")
+    (place / "zz").symlink_to(place / "a")
+    before = source_state.state_of(Folder(str(place)))
+    (place / "a").rename(place / "dogs")
+    (place / "zz").unlink()
+    (place / "zz").symlink_to(place / "dogs")
+    assert source_state.state_of(Folder(str(place))) != before
+    (place / "up").symlink_to(tmp_path)
+    assert source_state.state_of(Folder(str(place))) is not None
+
+
+def test_names_that_are_no_text_cost_time_only(tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    folder(place)
+    (place / "a" / os.fsdecode(b"\xe9.png")).write_bytes(encoded(noise(16, 16, seed=3)))
+    config = configured(place)
+    assert len(opened(config).ids) == len(opened(config).ids) == COUNT + 3
+    assert not opened(config).is_kept
+
+
+def test_an_unpacked_array_that_is_gone_is_unpacked_again(tmp_path: Path) -> None:
+    images = np.stack([noise(16, 16, seed=i) for i in range(COUNT)])
+    np.savez_compressed(tmp_path / "set.npz", images=images)
+    config = configured(tmp_path / "set.npz")
+    listed(config.source)
+    shutil.rmtree(tmp_path / "cache" / "arrays")
+    assert len(opened(config).ids) == COUNT
+
+
+def test_an_edited_archive_of_the_same_size_and_time_is_unpacked_again(tmp_path: Path) -> None:
+    path = tmp_path / "set.npz"
+    found = []
+    for seed in (0, 1):
+        images = np.stack([noise(16, 16, seed=seed)] * COUNT)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, images=images)
+        path.write_bytes(buffer.getvalue().ljust(40_000, b"\0"))
+        os.utime(path, ns=(10**18, 10**18))
+        found.append(opened(configured(path)).ids[0])
+    assert found[0] != found[1]
+
+
+def test_frames_made_by_other_code_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(animations(tmp_path / "set"), frames="max")
+    before = opened(config).ids
+    monkeypatch.setattr(source_state, "_code", lambda: "other code")
+    monkeypatch.setattr(Brightest, "read", lambda blob: encoded(noise(16, 16, seed=9)))
+    assert opened(config).ids != before
+
+
+def test_an_index_of_another_form_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = folder(tmp_path / "set")
+    opened(configured(place))
+    monkeypatch.setattr(index_store, "FORMAT", 2)
+    add(place)
+    assert not opened(configured(place)).is_kept

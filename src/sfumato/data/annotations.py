@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato.data.attribute_table import AttributeTable
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, quiet
 from sfumato.data.file_types import ANNOTATION_FILES, MAPS
-from sfumato.data.listing import Blob, Entry, Reject
+from sfumato.data.listing import Blob, Entry, Reject, value_at
 from sfumato.data.parallel import ordered_map
 from sfumato.data.points import RejectedPoints, read_points
 from sfumato.errors import DataError
@@ -139,7 +139,7 @@ class Annotations:
         return ""
 
     def _texts(self, positions: NDArray[np.int64], draws: Sequence[float] | None) -> list[str]:
-        captions = [self.entries[position].captions for position in positions]
+        captions = [value_at(self.entries, "captions", position) for position in positions]
         chosen = [0.0] * len(captions) if draws is None else draws
         return [
             texts[int(draw * len(texts))] if texts else ""

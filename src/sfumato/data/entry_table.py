@@ -17,6 +17,7 @@ from sfumato.data.listing import Blob, Entry, File, Inline, Slice, ZipMember
 if TYPE_CHECKING:
     import pyarrow
 
+FIELDS = ("name", "category", "captions", "attributes", "holdout", "group", "repeats")
 BLOBS = ("image", "doodle", "mask", "points")
 AT_ONCE = 10_000  # entries that are made at once by an iteration
 
@@ -45,6 +46,7 @@ class EntryTable(Sequence[Entry]):
         self._columns = {
             name: column.chunk(0) if column.num_chunks else column.combine_chunks()
             for name, column in zip(table.column_names, table.columns, strict=True)
+            if name in FIELDS or name.partition("_")[0] in BLOBS
         }
         self._length = int(table.num_rows)
 
@@ -72,6 +74,12 @@ class EntryTable(Sequence[Entry]):
             }
             for row in zip(*parts.values(), strict=True):
                 yield _entry(dict(zip(parts, row, strict=True)))
+
+    def value(self, name: str, place: int) -> Any:
+        """Return one field of one entry; see `listing.value_at`."""
+        if name != "captions":
+            return getattr(self[place], name)
+        return tuple(self._columns[name][int(place)].as_py())
 
     def values(self, name: str) -> list[Any]:
         """Return one field of all entries; see `listing.values`."""

@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -141,7 +142,7 @@ def explore(root: str) -> Walk:
         if prefix and os.path.realpath(os.path.dirname(place)).startswith(target.rstrip("/") + "/"):
             passed_over.append((prefix.rstrip("/"), "a link to a folder around it"))
             continue
-        for folder, folders, files in os.walk(place):
+        for folder, folders, files in os.walk(place, onerror=note_failure):
             relative = prefix + (
                 f"{Path(folder).relative_to(place).as_posix()}/" if folder != place else ""
             )
@@ -197,7 +198,36 @@ def version(path: str) -> tuple[int, ...]:
     if is_url(path):
         return ()
     state = os.stat(path)
-    return state.st_ino, state.st_size, state.st_mtime_ns
+    # the last of these times cannot be set
+    return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+# errors that come from what a path is, and not from a disk or network that may work again
+LASTING = {
+    errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
+    errno.ENAMETOOLONG, errno.EINVAL,
+}  # fmt: skip
+_failed_reads = 0
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it stands for, comes from a disk or network."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None and error.errno not in LASTING:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def note_failure(error: OSError) -> None:
+    """Count an error of reading that may pass, so that what it leaves out is not kept."""
+    global _failed_reads
+    _failed_reads += may_pass(error)
+
+
+def failed_reads() -> int:
+    """Return how many errors of reading this process has met that may pass."""
+    return _failed_reads
 
 
 def cache_folder() -> Path:

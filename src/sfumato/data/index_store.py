@@ -10,8 +10,8 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -22,17 +22,21 @@ from sfumato.data import files
 from sfumato.data.array_cache import ArrayCache, RowReader
 from sfumato.data.arrow import arrow, open_table, write_table
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
-from sfumato.data.listing import Entry, Listing, Reject, Source
-from sfumato.data.source_state import SourceState, state_of
+from sfumato.data.listing import Entry, Listing, Reject, Source, SourceState
+from sfumato.data.source_state import state_of
 from sfumato.storage.atomic import atomic_folder, sweep
 
 if TYPE_CHECKING:
     import pyarrow
 
+    Columns = Mapping[str, pyarrow.Array]
+    Facts = Mapping[str, Any]
+
 SLOW_S = 0.5  # what took less is made again as fast
 # files changed so shortly before they were read may change again without another time of change
 RECENT_NS = 2 * 10**9
 KEPT = 2  # of each source and configuration
+FORMAT = 1  # raised when columns change
 TABLE, CHECK, FACTS = "table.arrow", "check", b"sfumato"
 
 
@@ -57,7 +61,8 @@ class Place:
     """Where what belongs to some settings is kept, one folder for each state of the files."""
 
     def __init__(self, kind: str, settings: str) -> None:
-        name = hashlib.sha256(settings.encode()).hexdigest()[:32]
+        text = f"{FORMAT} {settings}".encode(errors="surrogatepass")
+        name = hashlib.sha256(text).hexdigest()[:32]
         self._folder = files.cache_folder() / kind / name
 
     def load(self, state: SourceState) -> Stored | None:
@@ -68,21 +73,25 @@ class Place:
         """Return what was kept last, of whatever state."""
         return next(filter(None, map(_load, self._newest_first())), None)
 
-    def save(
-        self, state: SourceState, columns: Mapping[str, pyarrow.Array], facts: Mapping[str, Any]
-    ) -> None:
-        """Keep a table; if that fails, only time is lost."""
+    def save(self, state: SourceState, make: Callable[[], tuple[Columns, Facts]]) -> None:
+        """Keep the columns and facts that `make` returns; if that fails, only time is lost."""
         pa = arrow()
-        table = pa.table(dict(columns)).replace_schema_metadata({FACTS: json.dumps(facts)})
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            sweep(self._folder)
-            shutil.rmtree(self._folder / state.hash, ignore_errors=True)
-            with atomic_folder(self._folder / state.hash) as folder:
-                write_table(table, folder / TABLE)
-                (folder / CHECK).write_text(_check(folder / TABLE))
-            for old in self._newest_first()[KEPT:]:
-                shutil.rmtree(old, ignore_errors=True)
+        try:
+            columns, facts = make()
+            table = pa.table(dict(columns)).replace_schema_metadata({FACTS: json.dumps(facts)})
+            self._write(state, table)
+        except (NotStorable, OSError, ValueError, TypeError, OverflowError, pa.ArrowException):
+            return
+
+    def _write(self, state: SourceState, table: pyarrow.Table) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        sweep(self._folder)
+        shutil.rmtree(self._folder / state.hash, ignore_errors=True)
+        with atomic_folder(self._folder / state.hash) as folder:
+            write_table(table, folder / TABLE)
+            (folder / CHECK).write_text(_check(folder / TABLE))
+        for old in self._newest_first()[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _newest_first(self) -> list[Path]:
         with contextlib.suppress(OSError):
@@ -110,40 +119,57 @@ def _check(file: Path) -> str:
     return f"{check:08x}"
 
 
-def is_slow(begun: float) -> bool:
-    """Return whether so long has passed since a time of `time.monotonic` that the result is kept."""
-    return time.monotonic() - begun > SLOW_S
+class Watch:
+    """A time from which on a source must stay as it is, for what is read of it to be kept."""
+
+    def __init__(self) -> None:
+        self._begun, self._begun_ns = time.monotonic(), time.time_ns()
+        self._failed = files.failed_reads()
+
+    @property
+    def was_slow(self) -> bool:
+        """Whether so much time has passed that the result is worth keeping."""
+        return time.monotonic() - self._begun > SLOW_S
+
+    def is_lasting(self, source: Source, state: SourceState) -> bool:
+        """Return whether a source is in this state since, and all reading of it has worked."""
+        return (
+            files.failed_reads() == self._failed
+            and state.newest_ns < self._begun_ns - RECENT_NS
+            and state_of(source) == state
+        )
 
 
-def is_lasting(source: Source, before: SourceState | None, begun_ns: int) -> bool:
-    """Return whether a source is as it was `before` it was read, so that it may be kept under that
-    state.
-    """
-    return (
-        before is not None
-        and before.newest_ns < begun_ns - RECENT_NS
-        and state_of(source) == before
-    )
-
-
-def listed(source: Source) -> Listing:
+def listed(source: Source, *, trusts: bool = True) -> Listing:
     """List a source, or return the listing that was made of the same files before.
 
+    Args:
+        trusts: whether the file system is believed; if not, nothing is looked for or kept.
     Raises:
         DataError: see `Source.listing`.
     """
-    state = state_of(source)
+    state = state_of(source) if trusts else None
     if state is None:
         return source.listing()
     place = Place("listings", repr(source))
-    if (stored := place.load(state)) is not None:
-        return _listing(stored)
-    begun, begun_ns = time.monotonic(), time.time_ns()
+    if (stored := place.load(state)) is not None and _has_containers(stored):
+        return _listing(stored, state)
+    watch = Watch()
     listing = source.listing()
-    if is_slow(begun) and is_lasting(source, state, begun_ns):
-        with contextlib.suppress(NotStorable):
-            place.save(state, encode(listing.entries), _listing_facts(listing))
-    return listing
+    if not watch.is_lasting(source, state):
+        return listing
+    if watch.was_slow:
+        place.save(state, lambda: (encode(listing.entries), _listing_facts(listing)))
+    return replace(listing, state=state)
+
+
+def _has_containers(stored: Stored) -> bool:
+    """Return whether the files are there that hold the images of several entries: some lie in the
+    cache.
+    """
+    paths = stored.table.column("image_path").chunk(0)
+    containers = getattr(paths, "dictionary", None)
+    return containers is None or all(Path(path).exists() for path in containers.to_pylist())
 
 
 def _listing_facts(listing: Listing) -> dict[str, Any]:
@@ -156,7 +182,7 @@ def _listing_facts(listing: Listing) -> dict[str, Any]:
     }
 
 
-def _listing(stored: Stored) -> Listing:
+def _listing(stored: Stored, state: SourceState) -> Listing:
     facts = stored.facts
     return Listing(
         entries=EntryTable(stored.table),
@@ -165,6 +191,7 @@ def _listing(stored: Stored) -> Listing:
         unit=facts["unit"],
         total=facts["total"],
         remarks=tuple(facts["remarks"]),
+        state=state,
     )
 
 

@@ -21,7 +21,7 @@ from sfumato.data.array_cache import ArrayCache, RowReader, Writer, load_array, 
 from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
-from sfumato.data.files import cache_folder
+from sfumato.data.files import cache_folder, may_pass
 from sfumato.data.frames import expand_frames, unused_frames
 from sfumato.data.holdout import merge_groups, place_of, too_few_images
 from sfumato.data.index_store import KnownKeys, listed
@@ -30,7 +30,7 @@ from sfumato.data.listing import Blob, Entry, Listing, Reject, values
 from sfumato.data.missing_labels import fill_missing
 from sfumato.data.parallel import forked_map
 from sfumato.data.resizing import resizing
-from sfumato.data.source_state import Identities
+from sfumato.data.source_state import Identities, state_of
 from sfumato.data.stored_index import StoredIndex
 from sfumato.data.value_range import ChosenScale, choose_scale
 from sfumato.errors import DataError
@@ -58,16 +58,18 @@ def index(
         DataError: if the source is missing; if no image can be read, with the first reasons; or if
             the last channel is alpha in some images only.
     """
-    kept = StoredIndex(config, annotations)
+    excluded = _excluded_names(config)
+    trusts = config.verify == "auto" and config.cache == "auto"
+    listing = listing if trusts or config.cache == "off" else None  # which may be kept itself
+    state = listing.state if listing is not None else state_of(config.source)
+    kept = StoredIndex(config, annotations, excluded, state)
     if (dataset := kept.load()) is not None and _is_kept_as_now(dataset, config):
         if on_progress is not None:
             on_progress(len(dataset.entries), len(dataset.entries))
         return dataset
-    if listing is None:
-        listing = listed(config.source) if config.cache == "auto" else config.source.listing()
+    listing = listing or listed(config.source, trusts=trusts)
     listing = fill_missing(listing, caption=config.caption, category=config.category)
     listing = expand_frames(listing, config.frames)
-    excluded = _excluded_names(config)
     entries = [entry for entry in listing.entries if entry.name not in excluded]
     unused = [
         Reject(name, f"listed in {config.exclude}")
@@ -88,7 +90,7 @@ def index(
         rejects = [*listing.rejects, *unused]
         raise too_few_images(0, listing.entries, rejects, where=place_of(config.source))
     dataset = _dataset(config, frozenset(annotations), listing, unused, chosen_scale, read, store)
-    kept.save(dataset, store.keys, store.identities)
+    kept.save(dataset, store.keys, store.identities, failed=store.failed)
     # from here on in columns, which take little memory
     return kept.load(is_new=True) or dataset
 
@@ -283,7 +285,8 @@ def _read_images(
 @dataclass(frozen=True, slots=True)
 class _ReadImage:
     """One image as read: the key of its bytes, and what the decoder returned unless the cache has
-    it; and the number by which its bytes are known without being read.
+    it; the number by which its bytes are known without being read; and whether reading has failed for
+    a reason that may pass.
     """
 
     key: str
@@ -291,6 +294,7 @@ class _ReadImage:
     decoded: Decoded | None = None
     thumbnail: NDArray[Any] | None = None
     reject: str | None = None
+    failed: bool = False
 
 
 def _read_image(blob: Blob, store: PixelStore) -> _ReadImage:
@@ -301,7 +305,7 @@ def _read_image(blob: Blob, store: PixelStore) -> _ReadImage:
     try:
         data = blob.read()
     except (RejectedImage, OSError) as error:
-        return _ReadImage("", reject=str(error))
+        return _ReadImage("", reject=str(error), failed=may_pass(error))
     key = hashlib.sha256(data).hexdigest()[:32]
     if store.is_cached(key):
         return _ReadImage(key, identity)
@@ -318,6 +322,7 @@ class PixelStore:
     Attributes:
         known: the keys of images that need not be read again.
         keys, identities: of the images that were added.
+        failed: whether any could not be read for a reason that may pass.
     """
 
     def __init__(
@@ -328,6 +333,7 @@ class PixelStore:
         self._writer = None if cache is None else Writer(cache)
         self.keys: list[str] = []
         self.identities: list[int] = []
+        self.failed = False
         self._pixels: list[Pixels] | None = [] if cache is None and in_memory else None
         self._thumbnails: list[NDArray[Any]] = []
 
@@ -351,6 +357,7 @@ class PixelStore:
     def add(self, image: _ReadImage) -> dict[str, Any]:
         """Store one image; return its facts, or {"reject": reason}."""
         if image.reject is not None:
+            self.failed |= image.failed
             return {"reject": image.reject}
         self.keys.append(image.key)
         self.identities.append(image.identity or 0)

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from sfumato.config import Extensible
 from sfumato.data import files
@@ -46,6 +46,14 @@ class Blob(Protocol):
 
 def read(path: str, offset: int, most: int) -> bytes:
     """Read up to `most` bytes of a file from `offset` on; reserve no more than the file holds."""
+    try:
+        return _read(path, offset, most)
+    except OSError as error:
+        files.note_failure(error)
+        raise
+
+
+def _read(path: str, offset: int, most: int) -> bytes:
     handle = _open(path)
     try:
         size = min(most, os.fstat(handle).st_size - offset)
@@ -132,6 +140,9 @@ class ZipMember:
                 self.name
             ) as file:
                 return file.read(MAX_BYTES + 1)
+        except OSError as error:
+            files.note_failure(error)
+            raise
         except DAMAGED_ZIP as error:
             raise OSError(f"cannot be unpacked: {error}") from None
 
@@ -201,6 +212,12 @@ def values(entries: Sequence[Entry], name: str) -> Sequence[Any]:
     return found
 
 
+def value_at(entries: Sequence[Entry], name: str, position: int) -> Any:
+    """Return one field of one entry, without the others where it is a column of its own."""
+    column = getattr(entries, "value", None)
+    return getattr(entries[position], name) if column is None else column(name, position)
+
+
 @dataclass(frozen=True)
 class Reject:
     """Something left out, and why.
@@ -215,6 +232,15 @@ class Reject:
     part: bool = False
 
 
+class SourceState(NamedTuple):
+    """The state of a source: a hash of its settings and of what is known of its files, and the
+    newest time of change among them, in ns.
+    """
+
+    hash: str
+    newest_ns: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Listing:
     """What a source holds, in an order that does not depend on the machine.
@@ -227,6 +253,7 @@ class Listing:
         unit: what `total` counts.
         total: all that there is; -1 stands for what the entries and rejects come to.
         remarks: how it was read, in whole sentences, where a person might expect something else.
+        state: that of its source, if nothing has changed while it was listed.
     """
 
     entries: Sequence[Entry]
@@ -235,6 +262,7 @@ class Listing:
     unit: str = "files"
     total: int = -1
     remarks: tuple[str, ...] = ()
+    state: SourceState | None = None
 
     def __post_init__(self) -> None:
         if self.total < 0:

@@ -10,6 +10,7 @@ from torch import Tensor
 MOST_EXACT = 20_000  # points that are searched exactly
 CELL = 512  # points of a cell, on average
 PROBES = 8  # cells around a point that are searched for its neighbours
+PRODUCTS = 1 << 23  # that are computed at once
 AT_ONCE = 8192  # points that are assigned to cells at once
 
 
@@ -42,16 +43,17 @@ def _by_cells(points: Tensor, queries: Tensor, count: int) -> Tensor:
     distances = torch.full((len(queries), count), torch.inf)
     nearest = queries[:, None].repeat(1, count)
     for cell in range(cells):
-        rows = asking[first[cell] : first[cell + 1]]
         inside = members[starts[cell] : starts[cell + 1]]
-        if not len(rows) or not len(inside):
+        if not len(inside):
             continue
-        products = points[queries[rows]] @ points[inside].T
-        new = squares[queries[rows], None] + squares[inside] - 2 * products
-        best = new.topk(min(count, len(inside)), largest=False)
-        both = torch.cat([distances[rows], best.values], 1).topk(count, largest=False)
-        known = torch.cat([nearest[rows], inside[best.indices]], 1)
-        distances[rows], nearest[rows] = both.values, known.gather(1, both.indices)
+        # points that coincide are all in one cell, which may be large
+        for rows in asking[first[cell] : first[cell + 1]].split(max(1, PRODUCTS // len(inside))):
+            products = points[queries[rows]] @ points[inside].T
+            new = squares[queries[rows], None] + squares[inside] - 2 * products
+            best = new.topk(min(count, len(inside)), largest=False)
+            both = torch.cat([distances[rows], best.values], 1).topk(count, largest=False)
+            known = torch.cat([nearest[rows], inside[best.indices]], 1)
+            distances[rows], nearest[rows] = both.values, known.gather(1, both.indices)
     return nearest
 
 

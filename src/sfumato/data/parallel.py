@@ -13,7 +13,7 @@ from os import cpu_count
 from threading import Event
 from typing import Any, TypeVar
 
-from sfumato.errors import DataError
+from sfumato.errors import DataError, SfumatoError
 from sfumato.platform import die_with_parent
 from sfumato.process.signals import raise_if_requested
 
@@ -103,7 +103,13 @@ def _by_processes(
 
 def _in_process(part: Sequence[Any]) -> list[Any]:
     assert _forked is not None
-    return [_forked(item) for item in part]
+    try:
+        return [_forked(item) for item in part]
+    except Exception as error:
+        if isinstance(error, SfumatoError) or type(error).__module__ == "builtins":
+            raise
+        # others may not survive the way to the parent, which would take that for the end of this process
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def _can_fork() -> bool:
@@ -137,6 +143,6 @@ def _result(future: Future[list[Out]]) -> list[Out]:
         try:
             return future.result(timeout=POLL_S)
         except TimeoutError:
-            if future.done():  # the function's own
-                raise
+            if future.done():  # meanwhile, or the error is the function's own
+                return future.result()
             raise_if_requested()

@@ -9,77 +9,64 @@ import hashlib
 import os
 import stat
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 from sfumato.data import files
-from sfumato.data.listing import Blob, Source
+from sfumato.data.listing import Blob, Source, SourceState
 
 # size; times of change, of the contents and of anything, in ns; number of the file (inode). The second
 # time cannot be set, so that an edit that keeps size and first time is seen
 Signs = tuple[int, int, int, int]
-
-
-class SourceState(NamedTuple):
-    """The state of a source: a hash of its settings and of what is known of its files, and the
-    newest time of change among them, in ns.
-    """
-
-    hash: str
-    newest_ns: int
+NO_SIGNS = (-1, 0, 0, 0)
+TIME = 1 if os.name == "nt" else 2  # there, the second time is that of creation
 
 
 def state_of(source: Source) -> SourceState | None:
     """Return the state of a source; None if more than files on this machine may change its listing."""
     path = getattr(source, "path", None)
-    if not source.is_of_files or path is None or files.is_url(path) or not os.path.exists(path):
+    # a kind that derives from one of these may read more
+    if not vars(type(source)).get("is_of_files") or path is None or files.is_url(path):
         return None
     try:
-        found = sorted(_signs(path).items())
+        found = _signs(path)
     except OSError:  # said when it is read
         return None
-    result = hashlib.sha256(f"{_code()} {source!r} {os.path.realpath(path)}".encode())
+    result = hashlib.sha256(_bytes(f"{_code()} {source!r} {os.path.realpath(path)}"))
     newest = 0
-    for name, signs in found:
-        result.update(f"{name}\0{signs}\n".encode(errors="surrogatepass"))
-        newest = max(newest, *signs[1:3])
+    for name, signs, target in found:
+        result.update(_bytes(f"{name}\0{signs}\0{target}\n"))
+        newest = max(newest, signs[TIME])
     return SourceState(result.hexdigest()[:32], newest)
 
 
-def _signs(path: str) -> dict[str, Signs]:
-    """Return the signs of all files below a path that are not hidden, by name."""
+def _signs(path: str) -> list[tuple[str, Signs, str]]:
+    """Return, of all files that a listing sees, the names, signs, and targets of links."""
     if not os.path.isdir(path):
-        return {"": _of(os.stat(path))}
-    found: dict[str, Signs] = {}
-    entered: set[tuple[int, int]] = set()
-    folders = [(path, "")]
-    while folders:
-        folder, prefix = folders.pop()
-        state = os.stat(folder)
-        if (state.st_dev, state.st_ino) in entered:
-            continue
-        entered.add((state.st_dev, state.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                with contextlib.suppress(OSError):  # a dangling link
-                    if entry.is_dir():
-                        folders.append((entry.path, f"{prefix}{entry.name}/"))
-                        continue
-                found[prefix + entry.name] = _entry_signs(entry)
-    return found
+        return [("", _of(os.stat(path)), "")]
+    failed = files.failed_reads()
+    walk = files.explore(path)
+    if files.failed_reads() != failed:
+        raise OSError("cannot be listed as a whole")
+    passed = [(name, NO_SIGNS, reason) for name, reason in walk.passed_over]
+    return [*(_file_signs(path, name) for name in walk.names), *passed]
 
 
-def _entry_signs(entry: os.DirEntry[str]) -> Signs:
+def _file_signs(root: str, name: str) -> tuple[str, Signs, str]:
+    path = f"{root}/{name}"
+    target = os.readlink(path) if os.path.islink(path) else ""
     try:
-        return _of(entry.stat())
-    except OSError:
-        return (-1, 0, 0, 0)
+        return name, _of(os.stat(path)), target
+    except OSError:  # a dangling link
+        return name, NO_SIGNS, target
 
 
 def _of(state: os.stat_result) -> Signs:
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
 
 
 class Identities:
@@ -88,34 +75,40 @@ class Identities:
     """
 
     def __init__(self) -> None:
-        self._path, self._known = "", ""  # images of one container come one after another
+        self._last = ("", "")  # images of one container come one after another
 
     def of(self, blob: Blob) -> int | None:
         """Return the number of an image; None if the file system says too little of it."""
-        inner = getattr(blob, "file", blob)  # a frame's file
-        path = getattr(inner, "path", None)
+        inner = getattr(blob, "file", None)  # what this is computed from, by code that may change
+        path = getattr(blob if inner is None else inner, "path", None)
         signs = "" if path is None else self._of_file(path)
         if not signs:
             return None
-        digest = hashlib.blake2b(f"{blob!r} {signs}".encode(errors="surrogatepass"), digest_size=8)
+        made_by = "" if inner is None else _code()
+        digest = hashlib.blake2b(_bytes(f"{blob!r} {signs} {made_by}"), digest_size=8)
         return int.from_bytes(digest.digest(), "little", signed=True)
 
     def _of_file(self, path: str) -> str:
-        if path != self._path:
-            self._path, self._known = path, ""
+        last, signs = self._last  # several threads ask
+        if path != last:
+            signs = ""
             with contextlib.suppress(OSError):
                 state = os.stat(path)
                 if not files.is_url(path) and stat.S_ISREG(state.st_mode):
-                    self._known = str(_of(state))
-        return self._known
+                    signs = str(_of(state))
+            self._last = (path, signs)
+        return signs
 
 
 @lru_cache
 def _code() -> str:
-    """Return a hash of the code that reads data: what it has found before may be found otherwise by
-    another version.
+    """Return a hash of the code that reads data, and of the versions of libraries that it uses: others
+    may find something else in the same files.
     """
     result = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         result.update(file.read_bytes())
+    for name in ("pillow", "numpy", "pyarrow", "charset-normalizer"):
+        with contextlib.suppress(PackageNotFoundError):
+            result.update(f"{name} {version(name)}".encode())
     return result.hexdigest()

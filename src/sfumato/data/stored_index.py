@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,16 +21,15 @@ from sfumato.data.index_store import (
     NamesAt,
     Place,
     Stored,
+    Watch,
     hashes,
-    is_lasting,
-    is_slow,
     plain_rejects,
     reader,
     reader_columns,
     rejects_of,
 )
 from sfumato.data.ledger import Ledger
-from sfumato.data.source_state import state_of
+from sfumato.data.listing import SourceState, values
 
 if TYPE_CHECKING:
     import pyarrow
@@ -46,19 +41,26 @@ READERS = ("rows", "thumbnails")
 class StoredIndex:
     """Where the index of a configuration is kept, and the state of its source when this was asked."""
 
-    def __init__(self, config: DataConfig, annotations: Iterable[str]) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        annotations: Iterable[str],
+        excluded: Iterable[str],
+        state: SourceState | None,
+    ) -> None:
+        """Take what decides on an index.
+
+        Args:
+            excluded: names of images that are left out.
+            state: of the source, from before it is listed; None if nothing is kept of it.
+        """
         self._config, self._annotations = config, frozenset(annotations)
-        self._state = state_of(config.source) if config.cache == "auto" else None
+        self._state, self._watch = state if config.cache == "auto" else None, Watch()
         self._trusts = config.verify == "auto" and self._state is not None
-        excluded = ""
-        if config.exclude is not None:
-            with contextlib.suppress(OSError):  # said when it is read
-                excluded = hashlib.sha256(Path(config.exclude).read_bytes()).hexdigest()
+        settings = replace(config, workers=0, verify="auto")
         self._place = Place(
-            "indexes",
-            f"{replace(config, workers=0, verify='auto')!r} {sorted(self._annotations)} {excluded}",
+            "indexes", f"{settings!r} {sorted(self._annotations)} {sorted(excluded)}"
         )
-        self._begun, self._begun_ns = time.monotonic(), time.time_ns()
 
     def load(self, *, is_new: bool = False) -> Dataset | None:
         """Return the dataset as it was indexed, if no file of it has changed.
@@ -80,31 +82,39 @@ class StoredIndex:
         """Return the keys of images whose files are as they were when they were last read."""
         return KnownKeys(self._place.newest() if self._trusts else None)
 
-    def save(self, dataset: Dataset, keys: Sequence[str], identities: Sequence[int]) -> None:
+    def save(
+        self, dataset: Dataset, keys: Sequence[str], identities: Sequence[int], *, failed: bool
+    ) -> None:
         """Keep a dataset, if it took long to index and its files were not changed meanwhile.
 
         Args:
             keys, identities: of its images.
+            failed: whether an image could not be read for a reason that may pass.
         """
-        if not is_slow(self._begun) or not isinstance(dataset.read_rows, RowReader | None):
+        state, in_memory = self._state, not isinstance(dataset.read_rows, RowReader | None)
+        if state is None or in_memory or failed or not self._watch.was_slow:
             return
-        if not is_lasting(self._config.source, self._state, self._begun_ns):
-            return
-        assert self._state is not None
-        with contextlib.suppress(NotStorable):
-            columns = {
-                **encode(dataset.entries),
-                **_columns(dataset),
-                "key": hashes(keys),
-                "identity": arrow().array(identities, arrow().int64()),
-            }
-            self._place.save(self._state, columns, _facts(dataset))
+        if self._watch.is_lasting(self._config.source, state):
+            self._place.save(
+                state, lambda: (_all_columns(dataset, keys, identities), _facts(dataset))
+            )
+
+
+def _all_columns(
+    dataset: Dataset, keys: Sequence[str], identities: Sequence[int]
+) -> dict[str, pyarrow.Array]:
+    return {
+        **encode(dataset.entries),
+        **_columns(dataset),
+        "key": hashes(keys),
+        "identity": arrow().array(identities, arrow().int64()),
+    }
 
 
 def _columns(dataset: Dataset) -> dict[str, pyarrow.Array]:
     """Return the columns of a dataset besides those of its entries."""
     pa = arrow()
-    places = {name: number for number, name in enumerate(_names(dataset))}
+    places = {name: number for number, name in enumerate(values(dataset.entries, "name"))}
     if len(dataset.notes) > MAX_NOTES or len(places) < len(dataset.entries):
         raise NotStorable("too many notes, or one name for two images")
     bits = np.zeros(len(places), np.int32)
@@ -128,10 +138,6 @@ def _columns(dataset: Dataset) -> dict[str, pyarrow.Array]:
     for name, its_reader in _readers(dataset).items():
         columns |= reader_columns(name, its_reader)
     return columns
-
-
-def _names(dataset: Dataset) -> list[str]:
-    return [entry.name for entry in dataset.entries]
 
 
 def _readers(dataset: Dataset) -> dict[str, RowReader]:

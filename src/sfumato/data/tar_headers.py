@@ -23,6 +23,8 @@ def plain_member(file: int, offset: int, size: int) -> tuple[tarfile.TarInfo, in
     Args:
         file: descriptor of the tar; size: its length in bytes.
     """
+    if not 0 <= offset <= size - BLOCK:
+        return None
     header = read_at(file, BLOCK, offset)
     if header[156:157] == tarfile.XHDTYPE:
         length = _number(header[124:136])
@@ -50,8 +52,8 @@ def _name(header: bytes) -> str:
     name = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].partition(b"\0")[0] + b"/" + name
-    elif header[257:263] not in (b"ustar\0", b"ustar "):
-        return ""
+    elif header[257:263] not in (b"ustar\0", b"ustar ") or header[345]:
+        return ""  # GNU keeps times there
     try:
         return name.decode("utf-8")
     except UnicodeDecodeError:
@@ -79,7 +81,7 @@ def _without_effect(records: bytes) -> bool:
     """Return whether further records leave name, size and kind of a member as they are."""
     while records:
         length, _, rest = records.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(records):
+        if not length.isdigit() or len(length) > 9 or not len(length) < int(length) <= len(records):
             return False
         keyword = rest.partition(b"=")[0]
         if keyword not in WITHOUT_EFFECT:

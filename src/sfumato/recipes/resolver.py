@@ -73,7 +73,7 @@ def resolve_config(source: str | Path | Run, overrides: Overrides = ()) -> Resol
     settings = configuration.with_overrides({}, overrides)
     if not isinstance(source, Run):
         refuse_diffusers(Path(source))
-    listing = listed(source_at(str(source))) if is_preset(source) and _is_source(source) else None
+    listing = _listed(source, settings) if is_preset(source) and _is_source(source) else None
     choice = None if listing is None else _choose_preset(source, settings, listing)
     base, where = (
         (configuration.plain(choice.run), str(source)) if choice else _plain(source, settings)
@@ -143,9 +143,17 @@ def _plain(
         return configuration.merge(replace_limits(below, data)[0], data), str(path)
     if _is_source(source):
         return configuration.plain(
-            _choose_preset(source, settings, listed(source_at(str(source)))).run
+            _choose_preset(source, settings, _listed(source, settings)).run
         ), str(source)
     return configuration.plain(recipe(str(source))), str(source)
+
+
+def _listed(source: str | Path | Run, settings: Mapping[str, Any]) -> Listing:
+    """List a source; as it was listed before, unless settings of the data forbid it."""
+    data = settings.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    trusts = data.get("cache") != "off" and data.get("verify") != "always"
+    return listed(source_at(str(source)), trusts=trusts)
 
 
 def preset(place: str, overrides: Overrides, listing: Listing) -> Run:

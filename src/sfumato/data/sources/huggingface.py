@@ -81,8 +81,6 @@ class HuggingFace(Source):
         split: of it; other splits are left out.
     """
 
-    is_of_files: ClassVar[bool] = True
-
     kind: ClassVar[str] = "huggingface"
 
     path: str

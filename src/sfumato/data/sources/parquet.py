@@ -91,6 +91,8 @@ def _read_column(place: _Place) -> Any:
             .column(place.column)
         )
     except (arrow().ArrowException, OSError, IndexError, KeyError) as error:
+        if isinstance(error, OSError):
+            files.note_failure(error)
         raise OSError(f"{place.path}: {str(error)[:200]}") from None
     values = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
     # Hugging Face's bytes and path: null where either the struct or its bytes are

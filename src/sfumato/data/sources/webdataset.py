@@ -201,8 +201,7 @@ def index_members(shard: str) -> tuple[list[Member], list[Reject]]:
     """
     try:
         path = files.local(shard)
-        state = path.stat()
-        identity = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} 2"
+        identity = f"{path.resolve()} {files.version(str(path))} 3"
         index_file = (
             files.cache_folder()
             / "tar-index"
@@ -293,16 +292,18 @@ def _headers(
     for number in range(MAX_MEMBERS + 1):
         before = tar.offset
         # the first is read already, and records for all members may change any of them
-        plain = plain_member(file, before, size) if number and not tar.pax_headers else None
-        if plain is not None:
-            tar.offset = plain[1]
-            yield plain[0]
-            continue
         try:
+            plain = plain_member(file, before, size) if number and not tar.pax_headers else None
+            if plain is not None:
+                tar.offset = plain[1]
+                yield plain[0]
+                continue
             info = tar.next()
             if info is not None and tar.offset <= before and number:
                 raise tarfile.ReadError("a member of negative size")
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+            if files.may_pass(error):
+                raise
             rejects.append(
                 Reject(printable_name(name), f"damaged after {number} members: {error}", part=True)
             )
