@@ -145,6 +145,17 @@ def test_what_is_planted_leaves_in_no_artefact(pixel: Case, tmp_path: Path) -> N
     assert planted(PLACE, out) == [str(out / "kept.tar")]  # the negative control
 
 
+def test_formats_whose_metadata_stay_are_counted(pixel: Case, tmp_path: Path) -> None:
+    folder = images(tmp_path / "images", size=8)
+    code, said = pixel.lab.call("data", "convert", folder, tmp_path / "all.tar")
+    assert (code, "neither JPEG" in said) == (0, False)
+    Image.new("L", (9, 9), 7).save(folder / "even" / "scan.tif")
+    Image.new("L", (9, 9), 9).save(folder / "even" / "drawing.gif")
+    code, said = pixel.lab.call("data", "convert", folder, tmp_path / "more.tar")
+    assert code == 0
+    assert "2 files, e.g. even/drawing.gif, are neither JPEG, PNG nor WebP" in " ".join(said.split())
+
+
 def test_a_run_from_elsewhere_may_not_reach_the_network(
     pixel: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

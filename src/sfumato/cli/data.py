@@ -289,20 +289,27 @@ def convert(
 ) -> None:
     """Write the same images, texts and annotations as parquet or WebDataset shards, byte for byte
     the same each time. Exif data and comments of JPEG, PNG and WebP are left out, but for the
-    orientation.
+    orientation; of other formats they are not, which is said.
     """
     from sfumato.data.convert import convert as write
     from sfumato.observability.progress import ProgressBar
 
+    copied: list[str] = []
     with ProgressBar("converting") as bar:
         paths, rejects = write(
             _listing(source), dest, to=to, shard_mib=shard_mib, keep_metadata=keep_metadata,
+            on_copied=copied.append,
             on_progress=lambda done, total: bar.update(done / max(1, total), f"{done} of {total}"),
         )  # fmt: skip
         for reject in rejects[:10]:
             bar.say(f"left out {reject.name}: {reject.reason}")
         if len(rejects) > 10:
             bar.say(f"left out {len(rejects)} in all")
+        if copied:
+            bar.say(
+                f"warning: {len(copied)} files, e.g. {copied[0]}, are neither JPEG, PNG nor WebP: they are "
+                "copied as they are, with what they say of places, cameras and authors"
+            )
     for path in paths:
         _say(path)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sfumato.data import files
 from sfumato.data.file_types import ANNOTATION_FILES, NUMPY, suffix_of
-from sfumato.data.image_metadata import without_metadata
+from sfumato.data.image_metadata import keeps_metadata, without_metadata
 from sfumato.data.listing import MAX_BYTES, REPEATS_KEY, Blob, Entry, Listing, Reject
 from sfumato.data.sources.npz import plain_array
 from sfumato.errors import ConfigError, DataError
@@ -37,6 +37,7 @@ def convert(
     shard_mib: int = 1000,
     keep_metadata: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_copied: Callable[[str], object] = lambda name: None,
 ) -> tuple[list[Path], list[Reject]]:
     """Write all samples; return the files written and everything that was left out.
 
@@ -48,6 +49,8 @@ def convert(
         to: "parquet" or "webdataset"; needed for a folder only.
         keep_metadata: whether Exif data and comments of images, which may say where a photo was
             taken, are kept.
+        on_copied: called with the name of each image whose format has metadata that cannot be left
+            out here, so that it is copied as it is.
     Raises:
         ConfigError, DataError: if the destination is of another kind, exists already or cannot be
             written, or if no sample can be read.
@@ -68,7 +71,9 @@ def convert(
     columns = TableColumns.of(listing.entries)
     try:
         (dest.parent if single else dest).mkdir(parents=True, exist_ok=True)
-        samples = _pack(listing.entries, rejects, on_progress, keep_metadata=keep_metadata)
+        samples = _pack(
+            listing.entries, rejects, on_progress, on_copied, keep_metadata=keep_metadata
+        )
         paths = _write_files(samples, dest, kind, columns, None if single else shard_mib << 20)
     except OSError as error:
         raise DataError(
@@ -144,6 +149,7 @@ def _pack(
     entries: Sequence[Entry],
     rejects: list[Reject],
     on_progress: Callable[[int, int], None] | None,
+    on_copied: Callable[[str], object],
     *,
     keep_metadata: bool,
 ) -> Iterator[PackedSample]:
@@ -165,6 +171,8 @@ def _pack(
                     if name != "points" and not keep_metadata:
                         try:
                             data = without_metadata(data)
+                            if keeps_metadata(data):
+                                on_copied(entry.name)
                         except ValueError as error:
                             if name == "image":
                                 raise OSError(f"{error}{WHOLE}") from None

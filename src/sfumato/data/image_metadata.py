@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from sfumato.data.file_types import NUMPY
+
 ORIENTATION = 0x0112
 JPEG, PNG, RIFF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF"
 FILL, START_OF_SCAN, END, COMMENT, APP0 = 0xFF, 0xDA, 0xD9, 0xFE, 0xE0
@@ -51,7 +53,7 @@ def without_metadata(data: bytes) -> bytes:
 
 def keeps_metadata(data: bytes) -> bool:
     """Return whether a file is of a format whose metadata cannot be left out here."""
-    return not data.startswith((JPEG, PNG)) and not (
+    return not data.startswith((JPEG, PNG, NUMPY)) and not (
         data.startswith(RIFF) and data[8:12] == b"WEBP"
     )
 
