@@ -193,6 +193,7 @@ class Writer:
         self._files: dict[str, BinaryIO] = {}
         self._rows: dict[str, int] = {}
         self._lines: list[str] = []
+        self._records: dict[str, tuple[Mapping[str, Any], dict[str, tuple[str, int, int]]]] = {}
         self.temporary.mkdir(parents=True)
 
     def __len__(self) -> int:
@@ -210,6 +211,7 @@ class Writer:
             places[name] = (file, self._rows[file], _check(data))
             self._rows[file] += 1
         self._lines.append(json.dumps([key, facts, places]))
+        self._records[key] = (facts, places)
 
     def commit(self) -> None:
         """Make the segment part of the cache; an empty one is discarded.
@@ -238,7 +240,16 @@ class Writer:
                 where=str(self.cache.folder),
                 hint="free some space, or set data.cache=off",
             ) from None
-        self.cache._read(segment)
+        self.cache.records |= {
+            key: Record(
+                facts,
+                {
+                    name: Place(f"{segment.name}/{file}", *at)
+                    for name, (file, *at) in places.items()
+                },
+            )
+            for key, (facts, places) in self._records.items()
+        }
 
     def discard(self) -> None:
         """Remove the segment without a trace."""

@@ -58,9 +58,10 @@ def thumbnail(pixels: NDArray[Any]) -> NDArray[Any]:
             np.stack([np.asarray(plane) for plane in planes], axis=2)
         ).astype(colours.dtype)
         return result
-    image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
-    if image.size == (SIDE, SIDE):
-        return np.asarray(image)
+    interleaved = np.ascontiguousarray(colours.transpose(1, 2, 0))
+    if interleaved.shape[:2] == (SIDE, SIDE):
+        return interleaved
+    image = Image.fromarray(interleaved)
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
