@@ -160,7 +160,7 @@ def explore(root: str) -> Walk:
                 path = os.path.join(folder, name)
                 if name.startswith("."):
                     continue
-                if os.path.exists(path) and not os.path.isfile(path):
+                if not os.path.isfile(path) and os.path.exists(path):
                     passed_over.append((relative + name, "a pipe or device"))
                 else:
                     names.append(relative + name)
