@@ -153,7 +153,9 @@ def test_formats_whose_metadata_stay_are_counted(pixel: Case, tmp_path: Path) ->
     Image.new("L", (9, 9), 9).save(folder / "even" / "drawing.gif")
     code, said = pixel.lab.call("data", "convert", folder, tmp_path / "more.tar")
     assert code == 0
-    assert "2 files, e.g. even/drawing.gif, are neither JPEG, PNG nor WebP" in " ".join(said.split())
+    assert "2 files, e.g. even/drawing.gif, are neither JPEG, PNG nor WebP" in " ".join(
+        said.split()
+    )
 
 
 def test_a_run_from_elsewhere_may_not_reach_the_network(
