@@ -167,7 +167,7 @@ def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Im
     from sfumato.observability.images import grid_image
 
     categories = list(pipeline.categories[:COLUMNS]) or None
-    captions = [dataset.entries[i].captions for i in dataset.with_common_shape(dataset.training)]
+    captions = dataset.captions(dataset.with_common_shape(dataset.training))
     texts = (
         list(dict.fromkeys(found[0] for found in captions if found))[:COLUMNS]
         if part_of(pipeline.model.conditioner, Text) is not None

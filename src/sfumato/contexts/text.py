@@ -83,7 +83,7 @@ class Text(Context):
         """Return the words of the training captions, the most frequent first."""
         return {
             "words": config.words(
-                text for position in dataset.training for text in dataset.entries[position].captions
+                text for texts in dataset.captions(dataset.training) for text in texts
             )
         }
 

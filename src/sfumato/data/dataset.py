@@ -392,6 +392,13 @@ class Dataset:
                 bad += rejects
         return Images(torch.from_numpy(np.stack(decoded)), bad, np.array(read_positions, np.int64))
 
+    def captions(
+        self, positions: NDArray[np.int64] | Sequence[int] | None = None
+    ) -> list[tuple[str, ...]]:
+        """Return the captions of the images at `positions`, by default of all."""
+        found = values(self.entries, "captions")
+        return list(found) if positions is None else [found[int(place)] for place in positions]
+
     def context(
         self, positions: NDArray[np.int64], *, draws: Sequence[float] | None = None
     ) -> dict[str, Any]:

@@ -82,8 +82,9 @@ def composition(
     """
     held_out = choose_evenly(held_out, MAX_HELD_OUT)
     training = dataset.with_common_shape(dataset.training)
-    training = training[[bool(dataset.entries[i].captions) for i in training]]
-    captions = {int(i): dataset.entries[i].captions[0] for i in (*training, *held_out)}
+    training = training[[bool(captions) for captions in dataset.captions(training)]]
+    places = [int(i) for i in (*training, *held_out)]
+    captions = {i: texts[0] for i, texts in zip(places, dataset.captions(places), strict=True)}
     related = _related(training, held_out, captions)
     real = to_float(dataset.images(held_out)[0])
     gallery_positions = np.concatenate([related, held_out])

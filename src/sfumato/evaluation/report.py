@@ -235,7 +235,7 @@ def _composition(
     """
     positions = dataset.with_common_shape(positions)
     captioned = (
-        positions[[bool(dataset.entries[i].captions) for i in positions]]
+        positions[[bool(captions) for captions in dataset.captions(positions)]]
         if len(positions)
         else positions
     )

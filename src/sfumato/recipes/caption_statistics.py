@@ -191,9 +191,7 @@ def truncated_captions(dataset: Dataset, conditioner: CompositeConditioner) -> l
     part = part_of(conditioner, Text)
     if part is None:
         return []
-    captions = (
-        text for position in dataset.training for text in dataset.entries[position].captions
-    )
+    captions = (text for texts in dataset.captions(dataset.training) for text in texts)
     return Truncation.of(captions, part).lines
 
 

@@ -22,9 +22,7 @@ def split_words(dataset: Dataset, conditioner: CompositeConditioner) -> list[str
     part = part_of(conditioner, Text)
     if part is None:
         return []
-    captions = {
-        text for position in dataset.training for text in dataset.entries[position].captions
-    }
+    captions = {text for texts in dataset.captions(dataset.training) for text in texts}
     counts = Counter(word for text in captions for word in set(_words(text)))
     pieces = {
         word: found

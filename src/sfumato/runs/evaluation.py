@@ -224,7 +224,7 @@ def _require_fitting(pipeline: Pipeline, dataset: Dataset, reference: str) -> li
         f"of real images come from {len(dataset.holdout)} others"
     ]
     if "text" in pipeline.reads:
-        captioned = sum(bool(dataset.entries[i].captions) for i in dataset.holdout)
+        captioned = sum(map(bool, dataset.captions(dataset.holdout)))
         if not captioned:
             raise DataError(
                 "has no captions, and the model reads text",
@@ -232,7 +232,7 @@ def _require_fitting(pipeline: Pipeline, dataset: Dataset, reference: str) -> li
                 hint='say what all of them show: --caption "a photo of NAME"; or put a .txt with a '
                 "caption beside each image: captions are the prompts",
             )
-        if len({tuple(dataset.entries[i].captions) for i in dataset.holdout}) == 1:
+        if len(set(dataset.captions(dataset.holdout))) == 1:
             lines.append(
                 "all prompts are the same, which cannot tell whether text steers the model"
             )

@@ -96,7 +96,7 @@ def prepare(
     require_trainable(model)
     if begins:
         begin_adapter(run, model)
-    captions = [dataset.entries[position].captions for position in dataset.training]
+    captions = dataset.captions(dataset.training)
     run.adapter.require_data(model.conditioner, captions)
     for remark in run.adapter.remarks(model.network):
         console().print(remark, markup=False)

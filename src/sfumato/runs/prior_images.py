@@ -115,7 +115,7 @@ def _given(
 def _require_texts(run: Run, config: PreservationConfig, dataset: Dataset) -> None:
     """Raise ConfigError if the model reads text, and neither captions nor prompts are there."""
     count = len(dataset.training)
-    without = sum(not dataset.entries[position].captions for position in dataset.training)
+    without = sum(not captions for captions in dataset.captions(dataset.training))
     if run.conditioner.text is not None and without and not config.prompts:
         raise ConfigError(
             f"{without} of {count} prior images have no caption",

@@ -45,4 +45,4 @@ def _texts(prepared: PreparedRun) -> list[str]:
 
 
 def _captions(dataset: Dataset) -> set[str]:
-    return {text for entry in dataset.entries for text in entry.captions}
+    return {text for texts in dataset.captions() for text in texts}
