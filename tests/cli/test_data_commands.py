@@ -319,6 +319,21 @@ def test_convert_names_the_kinds_that_it_knows(images: Path, tmp_path: Path) -> 
 # --- cache ----------------------------------------------------------------------------------------
 
 
+def test_cache_decodes_parts_for_several_machines(images: Path, tmp_path: Path) -> None:
+    put(images, "a/broken.png", b"")
+    said = [sfumato("data", "cache", images, "--part", f"{part}/2") for part in (2, 1)]
+    assert [result.code for result in said] == [0, 0]
+    assert said[1].out.startswith("part 1/2: 6 images, 0 left out")
+    assert said[0].out.startswith("part 2/2: 7 images, 1 left out")
+    kept = {name for name in contents(tmp_path / "cache") if "pixels" in name}
+    assert sfumato("data", "cache", images).out.startswith("12 images, 1 left out")
+    assert {name for name in contents(tmp_path / "cache") if "pixels" in name} == kept
+    for part in ("0/2", "3/2", "a/b", "2"):
+        result = sfumato("data", "cache", images, "--part", part)
+        assert result.code == 2
+        assert "such as 3/64" in result.err
+
+
 def test_cache_decodes_ahead_of_training(images: Path, tmp_path: Path) -> None:
     put(images, "a/broken.png", b"")
     result = sfumato("data", "cache", images)

@@ -32,6 +32,7 @@ from sfumato.data import (
     index_store,
     listed,
     listing,
+    prepare_part,
     source_at,
     source_state,
     value_range,
@@ -39,10 +40,12 @@ from sfumato.data import (
 from sfumato.data.array_cache import RowReader
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
 from sfumato.data.frames import Brightest, Frame
+from sfumato.data.index_store import KnownKeys
 from sfumato.data.listing import Inline, Slice, ZipMember
 from sfumato.data.sources.huggingface import Item
 from sfumato.data.sources.npz import ArrayImage
 from sfumato.data.sources.parquet import Cell
+from sfumato.errors import DataError
 from tests.helpers.image_bytes import encode as encoded
 from tests.helpers.image_bytes import noise
 
@@ -53,7 +56,7 @@ COUNT = 30
 def keeps_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep what is made fast, of files that were changed just now."""
     monkeypatch.setattr(index_store, "SLOW_S", -1.0)
-    monkeypatch.setattr(index_store, "RECENT_NS", -(10**18))
+    monkeypatch.setattr(source_state, "RECENT_NS", -(10**18))
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
 
 
@@ -314,7 +317,7 @@ def test_without_a_cache_nothing_is_kept(tmp_path: Path) -> None:
 def test_files_changed_just_before_they_were_read_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_store, "RECENT_NS", 2 * 10**9)
+    monkeypatch.setattr(source_state, "RECENT_NS", 2 * 10**9)
     config = configured(folder(tmp_path / "set"))
     opened(config)
     assert not opened(config).is_kept
@@ -597,3 +600,74 @@ def test_an_index_of_another_form_is_made_anew(
     monkeypatch.setattr(index_store, "FORMAT", 2)
     add(place)
     assert not opened(configured(place)).is_kept
+
+
+@pytest.mark.parametrize("name", ["folder", "tar", "stored zip", "parquet", "all frames"])
+@pytest.mark.parametrize("order", [[1, 2, 3], [3, 1, 2], [2, 2, 1, 3]])
+def test_parts_prepared_in_any_order_make_the_same_index_which_reads_no_image(
+    name: str, order: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, options = SOURCES[name]
+    config = configured(make(tmp_path / "set"), **options)
+    with monkeypatch.context() as patch:
+        patch.setenv("SFUMATO_CACHE", str(tmp_path / "another"))
+        whole = contents(opened(config))
+    done = {number: prepare_part(config, number, 3) for number in order}
+    assert sum(images for images, _ in done.values()) == len(whole["ids"]) + (name in CUT)
+    assert sum(bad for _, bad in done.values()) == (name in CUT)
+    unknown: list[int | None] = []
+    real = KnownKeys.of
+
+    def of(known: KnownKeys, number: int | None) -> str | None:
+        key = real(known, number)
+        unknown.extend([number] if key is None else [])
+        return key
+
+    monkeypatch.setattr(KnownKeys, "of", of)
+    found = opened(config)
+    assert len(unknown) == (name in CUT)  # what is of no use is looked at again
+    for part, value in whole.items():
+        assert contents(found)[part] == value, part
+    assert not list((tmp_path / "cache" / "keys").glob("*/*"))  # the index has them
+
+
+CUT = {"folder", "tar", "stored zip"}  # that hold an image of no use
+
+
+def test_an_index_that_was_interrupted_reads_no_image_twice(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(value_range, "HEADERS_READ", 0)
+    config = configured(folder(tmp_path / "set"))
+
+    class Stop(BaseException):
+        """A signal."""
+
+    def stop(done: int, total: int) -> None:
+        if done == 20:
+            raise Stop
+
+    with pytest.raises(Stop):
+        index(config, on_progress=stop)
+    before = {name for name in reads if name.endswith(".png")}
+    reads.clear()
+    opened(config)
+    again = {name for name in reads if name.endswith(".png")} & before
+    assert len(before) > 20
+    assert len(again) < len(before) - 15  # those that were read ahead, and doodles
+
+
+def test_nothing_is_prepared_that_could_not_be_kept(tmp_path: Path) -> None:
+    config = configured(folder(tmp_path / "set"), cache="off")
+    with pytest.raises(DataError, match="nothing can be prepared"):
+        prepare_part(config, 1, 2)
+
+
+def test_files_elsewhere_are_known_by_their_numbers(tmp_path: Path, reads: list[str]) -> None:
+    """As after a folder has got another name."""
+    prepare_part(configured(folder(tmp_path / "set")), 1, 1)
+    first = source_state.Identities()
+    before = first.of(File(str(tmp_path / "set" / "a" / "000.png")))
+    (tmp_path / "set").rename(tmp_path / "moved")
+    after = source_state.Identities().of(File(str(tmp_path / "moved" / "a" / "000.png")))
+    assert before == after != first.of(File(str(tmp_path / "moved" / "a" / "002.png")))

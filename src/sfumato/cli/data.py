@@ -323,15 +323,39 @@ def cache(
         list[str] | None,
         typer.Argument(help="Settings such as data.resolution=64.", metavar="[KEY=VALUE]..."),
     ] = None,
+    part: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N",
+            help="Decode the I-th of N parts only, counted from 1: for several machines that share "
+            "SFUMATO_CACHE. Parts may be done in any order, and again.",
+        ),
+    ] = "1/1",
 ) -> None:
     """Decode a run's images into the cache ahead of training."""
     from sfumato.data.files import cache_folder
     from sfumato.recipes import resolve
-    from sfumato.runs.preparation import open_data
+    from sfumato.runs.preparation import decode_part, open_data
     from sfumato.storage.output_paths import require_writable
 
     require_writable(
         cache_folder(), option="SFUMATO_CACHE"
     )  # training goes on without a cache; this command is for nothing else
+    number, count = _parse_part(part)
+    if count > 1:
+        run = resolve(source, overrides or ())
+        images, bad = decode_part(run, number, count, directory=source)
+        _say(f"part {part}: {images} images, {bad} left out; cache: {cache_folder()}")
+        return
     dataset = open_data(resolve(source, overrides or ()), directory=source)
     _say(f"{len(dataset.entries)} images, {len(dataset.rejects)} left out; cache: {cache_folder()}")
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    """Read "3/64"."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise typer.BadParameter(
+            f"{text!r} is not I/N with I from 1 to N, such as 3/64", param_hint="--part"
+        )
+    return int(number), int(count)

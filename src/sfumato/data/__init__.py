@@ -7,7 +7,7 @@ from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset import DataConfig, Dataset, PrecomputedLatents
 from sfumato.data.index_store import listed
-from sfumato.data.indexing import index
+from sfumato.data.indexing import index, prepare_part
 from sfumato.data.listing import Blob, Entry, File, Inline, Listing, Reject, Source
 from sfumato.data.loader import Batch, ShapeGroup, batches, to_float
 from sfumato.data.sources import (
@@ -51,6 +51,7 @@ __all__ = [
     "batches",
     "index",
     "listed",
+    "prepare_part",
     "source_at",
     "to_float",
 ]  # fmt: skip

@@ -7,8 +7,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data import files
+from sfumato.data import files, source_state
 from sfumato.data.array_cache import ArrayCache, RowReader
 from sfumato.data.arrow import arrow, open_table, write_table
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     Facts = Mapping[str, Any]
 
 SLOW_S = 0.5  # what took less is made again as fast
-# files changed so shortly before they were read may change again without another time of change
-RECENT_NS = 2 * 10**9
 KEPT = 2  # of each source and configuration
 FORMAT = 1  # raised when columns change
 TABLE, CHECK, FACTS = "table.arrow", "check", b"sfumato"
@@ -84,12 +84,7 @@ class Place:
             return
 
     def _write(self, state: SourceState, table: pyarrow.Table) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        sweep(self._folder)
-        shutil.rmtree(self._folder / state.hash, ignore_errors=True)
-        with atomic_folder(self._folder / state.hash) as folder:
-            write_table(table, folder / TABLE)
-            (folder / CHECK).write_text(_check(folder / TABLE))
+        write_folder(self._folder / state.hash, table)
         for old in self._newest_first()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -98,6 +93,16 @@ class Place:
             found = [path for path in self._folder.iterdir() if path.name[0] != "."]
             return sorted(found, key=lambda path: -path.stat().st_mtime_ns)
         return []
+
+
+def write_folder(folder: Path, table: pyarrow.Table) -> None:
+    """Write a table and its check value as a folder, which is there as a whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent)
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_folder(folder) as temporary:
+        write_table(table, temporary / TABLE)
+        (temporary / CHECK).write_text(_check(temporary / TABLE))
 
 
 def _load(folder: Path) -> Stored | None:
@@ -135,7 +140,7 @@ class Watch:
         """Return whether a source is in this state since, and all reading of it has worked."""
         return (
             files.failed_reads() == self._failed
-            and state.newest_ns < self._begun_ns - RECENT_NS
+            and state.newest_ns < self._begun_ns - source_state.RECENT_NS
             and state_of(source) == state
         )
 
@@ -283,17 +288,44 @@ def reader(name: str, stored: Stored) -> RowReader | None:
     return result if result.is_whole else None
 
 
+class KeyStore:
+    """Which bytes the images of a source have, as all have found who have read some of them."""
+
+    def __init__(self, source: Source) -> None:
+        path = os.path.realpath(getattr(source, "path", ""))
+        name = hashlib.sha256(f"{FORMAT} {path}".encode(errors="surrogatepass")).hexdigest()[:32]
+        self._folder = files.cache_folder() / "keys" / name
+
+    def save(self, keys: Sequence[str], identities: Sequence[int]) -> None:
+        """Keep the keys of some images; if that fails, only time is lost."""
+        if keys:
+            pa = arrow()
+            with contextlib.suppress(NotStorable, OSError):
+                columns = {"key": hashes(keys), "identity": pa.array(identities, pa.int64())}
+                table = pa.table(columns).replace_schema_metadata({FACTS: "{}"})
+                write_folder(self._folder / uuid.uuid4().hex, table)
+
+    def load(self) -> list[Stored]:
+        """Return all that is kept."""
+        with contextlib.suppress(OSError):
+            return [*filter(None, map(_load, sorted(self._folder.iterdir())))]
+        return []
+
+    def forget(self) -> None:
+        """Remove what is kept, once an index holds it."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
 class KnownKeys:
     """The keys of images that were read before, by the numbers of `Identities`."""
 
-    def __init__(self, stored: Stored | None) -> None:
-        self._numbers: NDArray[np.int64] = np.empty(0, np.int64)
-        self._keys: NDArray[np.uint8] = np.empty((0, 16), np.uint8)
-        if stored is not None:
-            numbers = stored.column("identity")
-            order = np.argsort(numbers, kind="stable")
-            self._numbers = numbers[order]
-            self._keys = stored.column("key").reshape(-1, 16)[order]
+    def __init__(self, stored: Sequence[Stored] = ()) -> None:
+        numbers = [each.column("identity") for each in stored]
+        keys = [each.column("key").reshape(-1, 16) for each in stored]
+        self._numbers = np.concatenate([np.empty(0, np.int64), *numbers])
+        order = np.argsort(self._numbers, kind="stable")
+        self._numbers = self._numbers[order]
+        self._keys = np.concatenate([np.empty((0, 16), np.uint8), *keys])[order]
 
     def of(self, number: int | None) -> str | None:
         """Return the key of the image with this number; None if it is not known."""

@@ -58,41 +58,113 @@ def index(
         DataError: if the source is missing; if no image can be read, with the first reasons; or if
             the last channel is alpha in some images only.
     """
-    excluded = _excluded_names(config)
-    trusts = config.verify == "auto" and config.cache == "auto"
-    listing = listing if trusts or config.cache == "off" else None  # which may be kept itself
-    state = listing.state if listing is not None else state_of(config.source)
-    kept = StoredIndex(config, annotations, excluded, state)
+    work = _Work(config, annotations, listing)
+    kept, step = work.kept, on_progress or (lambda done, total: None)
     if (dataset := kept.load()) is not None and _is_kept_as_now(dataset, config):
-        if on_progress is not None:
-            on_progress(len(dataset.entries), len(dataset.entries))
+        step(len(dataset.entries), len(dataset.entries))
         return dataset
-    listing = listing or listed(config.source, trusts=trusts)
-    listing = fill_missing(listing, caption=config.caption, category=config.category)
-    listing = expand_frames(listing, config.frames)
-    entries = [entry for entry in listing.entries if entry.name not in excluded]
-    unused = [
-        Reject(name, f"listed in {config.exclude}")
-        for name in values(listing.entries, "name")
-        if name in excluded
-    ]
-    chosen_scale = choose_scale(config.range, entries)
-    form = config.pixel_format(chosen_scale.scale)
-    store = _pixel_store(config, form, len(entries), kept.known_keys())
-    read = _ReadImages()
-    with quiet(), store:
-        for number, (entry, fact) in enumerate(_read_images(entries, store)):
-            read.add(entry, fact)
-            if on_progress is not None:
-                on_progress(number + 1, len(entries))
-    unused += read.unused
+    found = work.listed()
+    store, read = found.store(kept.known_keys()), _ReadImages()
+    try:
+        with quiet(), store:
+            for number, (entry, fact) in enumerate(_read_images(found.entries, store)):
+                read.add(entry, fact)
+                step(number + 1, len(found.entries))
+    except BaseException:  # what was read so far need not be read again
+        kept.save_keys(store.keys, store.identities)
+        raise
     if not read.good:
-        rejects = [*listing.rejects, *unused]
-        raise too_few_images(0, listing.entries, rejects, where=place_of(config.source))
-    dataset = _dataset(config, frozenset(annotations), listing, unused, chosen_scale, read, store)
+        rejects = [*found.listing.rejects, *found.unused, *read.unused]
+        raise too_few_images(0, found.listing.entries, rejects, where=place_of(config.source))
+    dataset = _dataset(config, frozenset(annotations), found, read, store)
     kept.save(dataset, store.keys, store.identities, failed=store.failed)
     # from here on in columns, which take little memory
     return kept.load(is_new=True) or dataset
+
+
+def prepare_part(
+    config: DataConfig,
+    number: int,
+    count: int,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, int]:
+    """Decode one of `count` parts of a source into the cache, which several machines may share.
+
+    It may be called again, and in any order; `index` then reads no image of it. Nothing depends on how
+    a source was divided.
+
+    Args:
+        number: of the part, from 1.
+    Returns:
+        how many images are prepared, and how many of them cannot be used.
+    Raises:
+        DataError: if the source is missing, there is no room, or nothing may be cached.
+    """
+    work = _Work(config, (), None)
+    found = work.listed()
+    begin, end = (len(found.entries) * each // count for each in (number - 1, number))
+    store = found.store(work.kept.known_keys())
+    if store.cache is None:
+        raise DataError(
+            "decoded images are not kept, so that nothing can be prepared",
+            where="data.cache",
+            hint="set data.cache=auto, and free space: the cache takes at most "
+            f"{CACHE_SHARE_OF_DISK:.0%} of what is free",
+        )
+    bad = 0
+    try:
+        with quiet(), store:
+            for done, (_, fact) in enumerate(_read_images(found.entries[begin:end], store)):
+                bad += "reject" in fact
+                if on_progress is not None:
+                    on_progress(done + 1, end - begin)
+    finally:
+        work.kept.save_keys(store.keys, store.identities)
+    return end - begin, bad
+
+
+class _Work:
+    """A source that is to be indexed, and what is kept of it."""
+
+    def __init__(
+        self, config: DataConfig, annotations: Sequence[str], listing: Listing | None
+    ) -> None:
+        self._config, self._excluded = config, _excluded_names(config)
+        self._trusts = config.verify == "auto" and config.cache == "auto"
+        # a listing that is given may be one that was kept
+        self._listing = listing if self._trusts or config.cache == "off" else None
+        state = self._listing.state if self._listing is not None else state_of(config.source)
+        self.kept = StoredIndex(config, annotations, self._excluded, state)
+
+    def listed(self) -> _Listed:
+        """List the source, as the configuration says."""
+        config = self._config
+        listing = self._listing or listed(config.source, trusts=self._trusts)
+        listing = fill_missing(listing, caption=config.caption, category=config.category)
+        listing = expand_frames(listing, config.frames)
+        names = values(listing.entries, "name")
+        entries = [entry for entry in listing.entries if entry.name not in self._excluded]
+        unused = [
+            Reject(name, f"listed in {config.exclude}") for name in names if name in self._excluded
+        ]
+        return _Listed(config, listing, entries, unused, choose_scale(config.range, entries))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What a source lists: the entries that are used, and the images that are left out already."""
+
+    config: DataConfig
+    listing: Listing
+    entries: list[Entry]
+    unused: list[Reject]
+    scale: ChosenScale
+
+    def store(self, known: KnownKeys) -> PixelStore:
+        """Return where its pixels are put."""
+        form = self.config.pixel_format(self.scale.scale)
+        return _pixel_store(self.config, form, len(self.entries), known)
 
 
 @dataclass
@@ -122,14 +194,13 @@ class _ReadImages:
 def _dataset(
     config: DataConfig,
     annotations: frozenset[str],
-    listing: Listing,
-    unused: list[Reject],
-    chosen_scale: ChosenScale,
+    found: _Listed,
     read: _ReadImages,
     store: PixelStore,
 ) -> Dataset:
     """Make a dataset of the images that were read."""
     good, facts, form = read.good, read.facts, store.form
+    unused = [*found.unused, *read.unused]
     read_rows, read_thumbnails = store.finish()
     ids = [str(fact["id"]) for fact in facts]
     merged = merge_groups(good, ids, _clusters(config, form, ids, read_thumbnails))
@@ -164,13 +235,13 @@ def _dataset(
         read_rows=read_rows,
         read_thumbnails=read_thumbnails if isinstance(read_thumbnails, RowReader) else None,
         clusters=merged.groups,
-        rejects=[*listing.rejects, *unused],
-        ledger=Ledger.of(listing, unused),
+        rejects=[*found.listing.rejects, *unused],
+        ledger=Ledger.of(found.listing, unused),
         notes={**notes, **unreadable},
         crop_loss=float(np.mean(losses)),
-        scale=chosen_scale.scale,
+        scale=found.scale.scale,
         remarks=(
-            *chosen_scale.lines,
+            *found.scale.lines,
             *merged.remarks,
             *unused_frames([int(fact.get("frames", 1)) for fact in facts]),
             *mask_lines,
@@ -197,7 +268,7 @@ def _is_kept_as_now(dataset: Dataset, config: DataConfig) -> bool:
     """Return whether a dataset from the cache has its pixels where they would be put now."""
     if dataset.read_rows is not None:
         return True
-    store = _pixel_store(config, dataset.pixel_format, len(dataset.entries), KnownKeys(None))
+    store = _pixel_store(config, dataset.pixel_format, len(dataset.entries), KnownKeys())
     return not store.keeps_pixels
 
 

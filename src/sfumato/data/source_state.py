@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import os
 import stat
+import time
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +21,8 @@ from sfumato.data.listing import Blob, Source, SourceState
 # time cannot be set, so that an edit that keeps size and first time is seen
 Signs = tuple[int, int, int, int]
 NO_SIGNS = (-1, 0, 0, 0)
+# files changed so shortly before they were read may change again without another time of change
+RECENT_NS = 2 * 10**9
 TIME = 1 if os.name == "nt" else 2  # there, the second time is that of creation
 
 
@@ -71,21 +75,22 @@ def _bytes(text: str) -> bytes:
 
 class Identities:
     """Numbers for the bytes of images, by what the file system says of their files: equal numbers mean
-    equal bytes.
+    equal bytes, wherever the files lie.
     """
 
     def __init__(self) -> None:
         self._last = ("", "")  # images of one container come one after another
+        self._lasting = time.time_ns() - RECENT_NS
 
     def of(self, blob: Blob) -> int | None:
         """Return the number of an image; None if the file system says too little of it."""
         inner = getattr(blob, "file", None)  # what this is computed from, by code that may change
         path = getattr(blob if inner is None else inner, "path", None)
         signs = "" if path is None else self._of_file(path)
-        if not signs:
+        if not signs or not is_dataclass(blob) or not is_dataclass(inner or blob):
             return None
-        made_by = "" if inner is None else _code()
-        digest = hashlib.blake2b(_bytes(f"{blob!r} {signs} {made_by}"), digest_size=8)
+        made_by = "" if inner is None else f"{_place(inner)} {_code()}"
+        digest = hashlib.blake2b(_bytes(f"{_place(blob)} {made_by} {signs}"), digest_size=8)
         return int.from_bytes(digest.digest(), "little", signed=True)
 
     def _of_file(self, path: str) -> str:
@@ -94,10 +99,23 @@ class Identities:
             signs = ""
             with contextlib.suppress(OSError):
                 state = os.stat(path)
-                if not files.is_url(path) and stat.S_ISREG(state.st_mode):
-                    signs = str(_of(state))
+                found = _of(state)
+                regular = not files.is_url(path) and stat.S_ISREG(state.st_mode)
+                if regular and found[TIME] < self._lasting:
+                    signs = str(found)
             self._last = (path, signs)
         return signs
+
+
+def _place(blob: Blob) -> str:
+    """Return where in its file a blob is."""
+    kind = type(blob)
+    parts = [
+        repr(getattr(blob, field.name))
+        for field in fields(kind)  # type: ignore[arg-type]
+        if field.name not in ("path", "file")
+    ]
+    return f"{kind.__name__}({', '.join(parts)})"
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from sfumato.data.decoding import Scale
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
 from sfumato.data.index_store import (
     HexIds,
+    KeyStore,
     KnownKeys,
     NamesAt,
     Place,
@@ -57,6 +58,7 @@ class StoredIndex:
         self._config, self._annotations = config, frozenset(annotations)
         self._state, self._watch = state if config.cache == "auto" else None, Watch()
         self._trusts = config.verify == "auto" and self._state is not None
+        self._keys = KeyStore(config.source)
         settings = replace(config, workers=0, verify="auto")
         self._place = Place(
             "indexes", f"{settings!r} {sorted(self._annotations)} {sorted(excluded)}"
@@ -80,7 +82,16 @@ class StoredIndex:
 
     def known_keys(self) -> KnownKeys:
         """Return the keys of images whose files are as they were when they were last read."""
-        return KnownKeys(self._place.newest() if self._trusts else None)
+        if not self._trusts:
+            return KnownKeys()
+        newest = self._place.newest()
+        return KnownKeys([*self._keys.load(), *([] if newest is None else [newest])])
+
+    def save_keys(self, keys: Sequence[str], identities: Sequence[int]) -> None:
+        """Keep the keys of some images, so that these need not be read again."""
+        known = [place for place, identity in enumerate(identities) if identity]
+        if self._state is not None and self._watch.was_slow:
+            self._keys.save([keys[i] for i in known], [identities[i] for i in known])
 
     def save(
         self, dataset: Dataset, keys: Sequence[str], identities: Sequence[int], *, failed: bool
@@ -98,6 +109,7 @@ class StoredIndex:
             self._place.save(
                 state, lambda: (_all_columns(dataset, keys, identities), _facts(dataset))
             )
+            self._keys.forget()
 
 
 def _all_columns(

@@ -10,7 +10,7 @@ import torch
 
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import ConditioningInfo
-from sfumato.data import Dataset, Listing, index
+from sfumato.data import Dataset, Listing, index, prepare_part
 from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES, place_of, too_few_images
 from sfumato.data.ledger import describe_note
 from sfumato.evaluation.extractors import extractor
@@ -108,6 +108,33 @@ def prepare(
     return PreparedRun(run=run, dataset=dataset, info=info, model=model, prior=prior)
 
 
+def _require_data(run: Run, directory: str | Path | None) -> None:
+    """Refuse data that are missing, or that a run from elsewhere would fetch without leave."""
+    if directory is not None and (Path(directory) / "config.yaml").is_file():
+        require_leave(Path(directory), run, data=True)
+    require_there(run)
+
+
+def decode_part(
+    run: Run, number: int, count: int, *, directory: str | Path | None = None
+) -> tuple[int, int]:
+    """Decode one of `count` parts of the run's data into the cache, and show progress.
+
+    Args:
+        directory: as of `open_data`.
+    Returns:
+        how many images it has, and how many of them cannot be used.
+    """
+    _require_data(run, directory)
+    with ProgressBar(f"decoding part {number}/{count}") as bar:
+        return prepare_part(
+            run.data,
+            number,
+            count,
+            on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
+        )
+
+
 def open_data(
     run: Run, listing: Listing | None = None, *, directory: str | Path | None = None
 ) -> Dataset:
@@ -118,9 +145,7 @@ def open_data(
         directory: the run's directory, if it has one: of a run from elsewhere, data are not fetched
             without leave.
     """
-    if directory is not None and (Path(directory) / "config.yaml").is_file():
-        require_leave(Path(directory), run, data=True)
-    require_there(run)
+    _require_data(run, directory)
     with ProgressBar("reading images") as bar:
         dataset = index(
             run.data,
