@@ -120,8 +120,8 @@ def test_the_order_does_not_follow_the_disk(
     )
     before, walk = listed(tmp_path), os.walk
 
-    def backwards(*arguments: object):
-        for folder, folders, names in walk(*arguments):
+    def backwards(*arguments: object, **options: object):
+        for folder, folders, names in walk(*arguments, **options):
             folders.sort(reverse=True)
             yield folder, folders, sorted(names, reverse=True)
 

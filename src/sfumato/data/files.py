@@ -202,6 +202,14 @@ def version(path: str) -> tuple[int, ...]:
     return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
+def version_of_local(path: str) -> tuple[int, ...]:
+    """Return `version`; for a URL, numbers of the copy that was fetched, of which each use sets the
+    other times.
+    """
+    state = local(path).stat()
+    return (state.st_size, state.st_mtime_ns) if is_url(path) else version(path)
+
+
 # errors that come from what a path is, and not from a disk or network that may work again
 LASTING = {
     errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM,

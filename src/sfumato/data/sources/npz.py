@@ -224,7 +224,7 @@ def _plain(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[
             raise ValueError("a member's header is damaged")
         return path, info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     _check_size(info, MAX_UNPACKED_BYTES)
-    identity = f"{file.resolve()} {files.version(str(file))} {info.filename}"
+    identity = f"{file.resolve()} {files.version_of_local(path)} {info.filename}"
     target = (
         files.cache_folder() / "arrays" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
     )

@@ -201,7 +201,7 @@ def index_members(shard: str) -> tuple[list[Member], list[Reject]]:
     """
     try:
         path = files.local(shard)
-        identity = f"{path.resolve()} {files.version(str(path))} 3"
+        identity = f"{path.resolve()} {files.version_of_local(shard)} 3"
         index_file = (
             files.cache_folder()
             / "tar-index"
