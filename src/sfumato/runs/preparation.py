@@ -156,8 +156,8 @@ def open_data(
         bar.say(dataset.ledger.line())
         if dataset.is_kept:
             bar.say(
-                "no file has changed since they were read, as the file system says "
-                "(data.verify=always reads all)"
+                "no file has changed since the images were indexed, according to the file system "
+                "(data.verify=always reads them all again)"
             )
         for remark in dataset.ledger.remarks:
             bar.say(remark)
