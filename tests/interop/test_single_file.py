@@ -232,6 +232,26 @@ def test_mixed_precisions_averages_and_unknown_tensors_are_said(
     assert 0 < float((whole - again).abs().max()) < 1e-2
 
 
+def test_a_file_that_another_process_converts_meanwhile_is_left_as_it_is(
+    sd: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    file, folder = sd
+    real, kept = single_file_reader.convert, []
+
+    def slow(path: Path, like: Path, target: Path) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr(single_file_reader, "convert", real)
+            first = single_file_reader.read_single_file(path, like)
+        kept.append((first.folder / single_file_reader.NOTES).stat().st_ino)
+        return real(path, like, target)
+
+    monkeypatch.setattr(single_file_reader, "convert", slow)
+    found = single_file_reader.read_single_file(file, folder)
+    assert (found.folder / single_file_reader.NOTES).stat().st_ino == kept[0]
+    assert [path.name for path in found.folder.parent.iterdir()] == [found.folder.name]
+
+
 def test_a_file_is_converted_once(
     sd: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,9 +89,14 @@ def read_single_file(path: Path, like: Path) -> ConvertedFile:
     target = cache_folder() / "single_files" / _key(path, like)
     if not (target / NOTES).is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(target) as folder:
-            notes = convert(path, like, folder)
-            (folder / NOTES).write_text(json.dumps({"file": path.name, "notes": notes}, indent=1))
+        try:
+            with atomic_folder(target, replaces=False) as folder:
+                notes = convert(path, like, folder)
+                plain = {"file": path.name, "notes": notes}
+                (folder / NOTES).write_text(json.dumps(plain, indent=1))
+        except OSError:
+            if not (target / NOTES).is_file():  # another process was first
+                raise
     return ConvertedFile(target, tuple(read_json(target / NOTES)["notes"]))
 
 

@@ -50,12 +50,11 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_folder(target: Path, *, durable: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, *, durable: bool = False, replaces: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside `target`, and rename it to `target` at the end.
 
-    An existing folder of that name is replaced.
-
     Args:
+        replaces: whether a folder of that name is replaced; if not, it is an OSError.
         durable: see `atomic_path`; applies to every file directly in the folder.
     """
     temporary = temporary_beside(target)
@@ -66,7 +65,8 @@ def atomic_folder(target: Path, *, durable: bool = False) -> Iterator[Path]:
             for file in temporary.iterdir():
                 if file.is_file():
                     sync(file)
-        shutil.rmtree(target, ignore_errors=True)
+        if replaces:
+            shutil.rmtree(target, ignore_errors=True)
         commit(temporary, target, durable=durable)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
