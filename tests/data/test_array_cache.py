@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.data import DataConfig, Dataset, Folder, array_cache, index, indexing
+from sfumato.data import DataConfig, Dataset, Folder, array_cache, index, pixel_store
 from sfumato.data.array_cache import ArrayCache, RowReader, Writer
 from sfumato.errors import DataError
 from sfumato.storage import atomic
@@ -33,13 +33,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The images that were decoded, in order."""
     seen: list[bytes] = []
-    decode = indexing.decode
+    decode = pixel_store.decode
 
     def spy(data: bytes, *arguments, **options):
         seen.append(data)
         return decode(data, *arguments, **options)
 
-    monkeypatch.setattr(indexing, "decode", spy)
+    monkeypatch.setattr(pixel_store, "decode", spy)
     return seen
 
 
@@ -159,7 +159,7 @@ def test_another_decoder_or_format_of_the_cache_shares_nothing(
     home: Path, photos: Path, decoded: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened(photos)
-    monkeypatch.setattr(indexing, "DECODER", indexing.DECODER + 1)
+    monkeypatch.setattr(pixel_store, "DECODER", pixel_store.DECODER + 1)
     opened(photos)
     assert len(decoded) == 24
     monkeypatch.setattr(array_cache, "FORMAT", "test")
@@ -346,7 +346,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(home: Path, photos: Path
 def test_a_nearly_full_disk_is_left_alone(
     home: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexing, "CACHE_SHARE_OF_DISK", 1e-15)
+    monkeypatch.setattr(pixel_store, "CACHE_SHARE_OF_DISK", 1e-15)
     assert right(opened(photos))
     assert not segments(home)
 

@@ -97,14 +97,14 @@ def contrast_limits(thumbnails: NDArray[Any]) -> tuple[float, float]:
 
 
 class Thumbnails(Protocol):
-    """Thumbnails (N, 32, 32, 3) of 8 bits: an array, or what reads them when they are asked for."""
+    """Thumbnails (N, 32, 32, 3) of 8 bits, in memory or read on access."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, places: Any, /) -> NDArray[np.uint8]: ...
 
 
 class StoredThumbnails:
-    """Thumbnails that are read when they are asked for, stretched as a set."""
+    """Thumbnails that are read on access, with the contrast of the whole set stretched."""
 
     def __init__(
         self, read: Callable[[NDArray[np.int64]], NDArray[Any]], positions: NDArray[np.int64]

@@ -1,5 +1,5 @@
-"""Entries in columns, which are memory-mapped and shared by all processes of a machine. An `Entry`
-is made when it is asked for.
+"""Entries as memory-mapped columns, which all processes of a machine share; each access creates an
+`Entry`.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ def _dataset(
         is_kept=is_kept,
     )
     part = stored.column("part")
-    dataset.__dict__.update(  # what is computed when it is first asked for
+    dataset.__dict__.update(  # its cached properties
         parts=DatasetParts(
             whole=np.flatnonzero(part == 0),
             training=np.flatnonzero(stored.column("trained")),

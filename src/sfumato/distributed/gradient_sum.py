@@ -58,7 +58,7 @@ class GradientSum:
         self._begun, self._in_step = [], True
 
     def abandon(self) -> None:
-        """End a step that has failed: what comes next is no part of it."""
+        """End a step that has failed; later backward passes sum nothing."""
         self._in_step = self._is_last = False
 
     def expect(self, *, last: bool) -> None:

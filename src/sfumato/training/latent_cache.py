@@ -14,8 +14,8 @@ from sfumato.autoencoders import LatentAutoencoder
 from sfumato.data import Dataset, PrecomputedLatents, to_float
 from sfumato.data.array_cache import ArrayCache, RowReader, Writer
 from sfumato.data.augment import augment
-from sfumato.data.indexing import DECODER
 from sfumato.data.loader import variant_draws
+from sfumato.data.pixel_store import DECODER
 from sfumato.distributed import current
 from sfumato.errors import DataError
 
