@@ -75,11 +75,11 @@ def test_sigusr1_saves_and_goes_on(pixel: Case) -> None:
 def test_sigusr1_before_there_is_anything_to_save_is_ignored(
     pixel: Case, own_cache: Callable[[], Path], tmp_path: Path
 ) -> None:
-    from sfumato.data import indexing
+    from sfumato.data import pixel_store
 
     run, mark = pixel.lab.new("early"), tmp_path / "mark"
     child = pixel.lab.start(
-        "train", pixel.recipe, "--run", run, patch=slow(indexing, "decode", 0.02, mark)
+        "train", pixel.recipe, "--run", run, patch=slow(pixel_store, "decode", 0.02, mark)
     )
     child.until(mark.exists)
     child.send(signal.SIGUSR1)
@@ -164,12 +164,12 @@ def test_a_signal_in_a_preview_is_obeyed_before_its_end(pixel: Case, tmp_path: P
 def test_a_signal_while_preparing_stops_and_keeps_what_is_done(
     latent: Case, own_cache: Callable[[], Path], tmp_path: Path, what: str
 ) -> None:
-    from sfumato.data import indexing
+    from sfumato.data import pixel_store
     from sfumato.training import latent_cache
 
     mark = tmp_path / "mark"
     slowed = {
-        "reading": slow(indexing, "decode", 0.2, mark),
+        "reading": slow(pixel_store, "decode", 0.2, mark),
         "encoding": slow(latent_cache, "_moments", 0.3, mark),
     }[what]
     run, child = during(latent, mark, patch=slowed)
