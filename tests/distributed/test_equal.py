@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from sfumato.distributed import current
 from tests.distributed.conftest import Runs, difference, largest_gap, shown
+from tests.faults.conftest import own_cache as own_cache
 from tests.faults.injector import leftovers, newest
 
 TWO = ("--procs", "2")
@@ -127,23 +129,51 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_work_begins(runs: Runs)
     assert not run.exists()
 
 
-def test_copies_on_two_machines_of_two_processes_end_alike(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def on_machines_of(processes: int) -> Callable[[], None]:
+    """Return a patch by which so many processes are on one machine."""
+
     def patch() -> None:
         from sfumato.distributed import launch
 
         become = launch._become
 
-        def two_machines(rank: int, count: int, folder: Path) -> None:
-            import os
-
+        def become_and_say(rank: int, count: int, folder: Path) -> None:
             become(rank, count, folder)
-            os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {
+                "LOCAL_RANK": str(rank % processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+            }
 
-        launch._become = two_machines
+        launch._become = become_and_say
 
-    run = runs.train("dit", "--procs", "4", "distributed=hybrid", patch=patch)
+    return patch
+
+
+def test_two_machines_decode_half_of_the_images_each(
+    runs: Runs, own_cache: Callable[[], Path], tmp_path: Path
+) -> None:
+    two_machines = on_machines_of(1)
+
+    def patch() -> None:
+        two_machines()
+        from sfumato.data import pixel_store
+
+        decode = pixel_store.decode
+
+        def noted(*arguments: Any, **options: Any) -> Any:
+            with (tmp_path / os.environ["RANK"]).open("a") as file:
+                file.write("x")
+            return decode(*arguments, **options)
+
+        pixel_store.decode = noted
+
+    run = runs.train("pixel", *TWO, patch=patch)
+    assert [(tmp_path / rank).stat().st_size for rank in "01"] == [20, 20]
+    assert difference(run, runs.alone("pixel")) < 1e-6
+
+
+def test_copies_on_two_machines_of_two_processes_end_alike(runs: Runs) -> None:
+    run = runs.train("dit", "--procs", "4", "distributed=hybrid", patch=on_machines_of(2))
     assert difference(run, runs.alone("dit")) < 1e-6
 
 

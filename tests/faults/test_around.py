@@ -332,7 +332,7 @@ def test_a_disk_that_is_full_at_the_end_is_not_called_finished(
 
         def step(self: Any, batch: Any) -> Any:
             if self.state.counters.step == 10:
-                self.saver.finish()
+                self.saver.wait()
                 fill(small_disk, leave)
             return real(self, batch)
 
@@ -355,7 +355,7 @@ def test_a_disk_that_was_full_for_a_while_loses_nothing(pixel: Case, small_disk:
 
         def step(self: Any, batch: Any) -> Any:
             if self.state.counters.step == 5:
-                self.saver.finish()
+                self.saver.wait()
                 fill(small_disk)
             if self.state.counters.step == 14:
                 (small_disk / "ballast").unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +41,7 @@ from sfumato.training.evidence import Look, error_ratio
 from sfumato.training.looks import Looks
 from sfumato.training.monitors import FEWEST_SEEN, LOOK_BINS, Validator
 from sfumato.training.probe import Probe
-from sfumato.training.stopping import next_mark, verdict
+from sfumato.training.stopping import verdict
 from tests.helpers.runs import tiny_run
 
 STEPS = 100
@@ -151,17 +152,15 @@ def test_a_stopped_run_that_goes_on_gives_the_same_looks_and_verdict(
         )
 
 
-@pytest.mark.parametrize(("look_s", "looks"), [(0.01, 28), (2.0, 12), (60.0, 8)])
-def test_looks_are_spread_over_the_run_where_they_take_long(
-    look_s: float, looks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run of 500 views in 480 seconds, of which looks may take 24."""
-    monkeypatch.setattr("sfumato.training.looks.FREE_S", 10.0)
+def views_of_looks(look_s: float, *, memorizes_from: float) -> list[float]:
+    """Return when looks are taken in a run of 500 views and 800 seconds, of which looks may take 36,
+    their errors 21.6.
+    """
     hook, taken = Looks(None, None, None), []
     counters = SimpleNamespace(step=0, seconds=0.0, looks_s=0.0)
     for number in range(1, 5001):
         views, progress = number / 10, number / 5000
-        counters.step, counters.seconds = number, 480 * progress
+        counters.step, counters.seconds = number, 800 * progress
         trainer = SimpleNamespace(
             views=views,
             progress=progress,
@@ -169,22 +168,39 @@ def test_looks_are_spread_over_the_run_where_they_take_long(
             config=SimpleNamespace(validation=None),
             timetable=SimpleNamespace(due=lambda name, cadence: False),
         )
-        hook._looks = taken
+        hook._looks, hook._state = taken, "learning"
         if hook.due(trainer, finished=False):
-            taken.append(Look(step=number, views=views, held_out=(1.0,), seen=(1.0,)))
+            ratio = 1.2 if views > memorizes_from else 1.0
+            taken.append(Look(step=number, views=views, held_out=(ratio,), seen=(1.0,)))
+            hook._errors_s.append(look_s)
             counters.looks_s += look_s
-    views = [look.views for look in taken]
+    return [look.views for look in taken]
+
+
+@pytest.mark.parametrize("look_s", [0.3, 1.0, 1.5])
+def test_looks_are_dense_while_the_model_memorizes_and_keep_within_their_time(
+    look_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfumato.training.looks.FREE_S", 10.0)
+    views = views_of_looks(look_s, memorizes_from=60.0)
+    assert (len(views) + 1) * look_s <= 0.6 * 0.045 * 800  # the last one is taken at the end
+    evenly = views_of_looks(look_s, memorizes_from=math.inf)
+    inside = [sum(60 < each < 240 for each in marks) for marks in (views, evenly)]
+    assert inside[0] > inside[1] or look_s == 0.3
+    watched = [each for each in views if each > 60]
+    assert max(late / soon for soon, late in itertools.pairwise(watched[:4])) < 1.5
+
+
+@pytest.mark.parametrize(("look_s", "looks"), [(0.01, 28), (1.7, 13), (60.0, 8)])
+def test_looks_are_spread_over_the_run_where_they_take_long(
+    look_s: float, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfumato.training.looks.FREE_S", 10.0)
+    views = views_of_looks(look_s, memorizes_from=math.inf)
     assert looks - 4 <= len(views) <= looks
     assert views[0] == 1
     assert views[-1] > 200
     assert max(late / soon for soon, late in itertools.pairwise(views)) < 3.2
-    # once the model begins to memorize, none is left out
-    for ratio, watched in ((1.0, False), (1.2, True)):
-        hook._state = "learning"
-        taken[-1] = replace(taken[-1], held_out=(ratio,))
-        assert (hook._next_views(trainer, taken) == next_mark(views[-1])) == (
-            watched or look_s == 0.01
-        )
 
 
 @pytest.mark.slow

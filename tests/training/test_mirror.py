@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from sfumato import runs
 from sfumato.errors import ConfigError, RunError
 from sfumato.training import Budget, CheckpointConfig, mirror
-from sfumato.training.mirror import Mirror, MirrorError
+from sfumato.training.mirror import BackgroundMirror, Mirror, MirrorError
 from sfumato.training.trainer import Trainer
 from tests.helpers.runs import fingerprint, images, tiny_run
 
@@ -64,6 +65,17 @@ def stopping_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
+def copies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each checkpoint be copied before the next is saved."""
+    begin = BackgroundMirror.begin
+
+    def begin_and_wait(background: BackgroundMirror) -> None:
+        begin(background)
+        background.wait()
+
+    monkeypatch.setattr(BackgroundMirror, "begin", begin_and_wait)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return images(tmp_path_factory.mktemp("images"))
@@ -104,6 +116,7 @@ def test_a_manifest_is_written_last_and_older_checkpoints_are_removed_afterwards
 ) -> None:
     flaky = Flaky(store, failures=0)
     monkeypatch.setattr(mirror, "filesystem", lambda url: (flaky, "/mirror/run"))
+    copies_at_once(monkeypatch)
     runs.train(mirrored(folder), run=tmp_path / "run")
     for step in ("step-000000004", "step-000000012"):
         written = [
@@ -131,6 +144,7 @@ def test_a_mirror_that_cannot_be_reached_is_said_and_ends_nothing(
 ) -> None:  # fmt: skip
     flaky = Flaky(store, failures=10**9, of="put_file")
     monkeypatch.setattr(mirror, "filesystem", lambda url: (flaky, "/mirror/run"))
+    copies_at_once(monkeypatch)
     run = runs.train(mirrored(folder), run=tmp_path / "run")
     assert fingerprint(run)["step"] == "step-000000014"
     said = capsys.readouterr().err
@@ -184,3 +198,90 @@ def test_what_is_there_is_never_replaced_and_no_name_leads_elsewhere(
     with pytest.raises(MirrorError, match="not below"):
         Mirror(URL, tmp_path / "other").pull()
     assert not (tmp_path / "outside").exists()
+
+
+class Waiting:
+    """A store that takes no file before a gate opens."""
+
+    def __init__(self, system: Any, gate: threading.Event) -> None:
+        self.system, self.gate, self.opened = system, gate, list[bool]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.system, name)
+
+    def put_file(self, *args: Any, **options: Any) -> Any:
+        self.opened.append(self.gate.wait(60))
+        return self.system.put_file(*args, **options)
+
+
+def test_training_does_not_wait_for_a_slow_store(
+    folder: Path, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, real = threading.Event(), Trainer.train_step
+    waiting = Waiting(store, gate)
+    monkeypatch.setattr(mirror, "filesystem", lambda url: (waiting, "/mirror/run"))
+
+    def train_step(trainer: Trainer, batch: Any) -> Any:
+        if trainer.state.counters.step == 13:  # after three checkpoints
+            assert not waiting.opened
+            gate.set()
+        return real(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    run = runs.train(mirrored(folder), run=tmp_path / "run")
+    assert all(waiting.opened)
+    kept = {path.name for path in (run / "checkpoints").glob("step-*")}
+    assert {name.split("/")[4] for name in store.store if "/checkpoints/step-" in name} == kept
+    assert Mirror(URL, tmp_path / "here").pull().name == "step-000000014"
+
+
+def test_a_checkpoint_that_is_there_is_not_sent_again_and_a_changed_one_is(
+    folder: Path, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.train(mirrored(folder), run=tmp_path / "run")
+    flaky = Flaky(store, failures=0)
+    monkeypatch.setattr(mirror, "filesystem", lambda url: (flaky, "/mirror/run"))
+    Mirror(URL, run).push()
+    assert not [
+        name for call, name in flaky.order if call == "put_file" and "checkpoints/step-" in name
+    ]
+    again = Mirror(URL, run)
+    again.push()
+    manifest = run / "checkpoints" / "step-000000014" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")  # as one that was trained again
+    flaky.order.clear()
+    again.push()
+    calls = [(call, name.rpartition("/")[2]) for call, name in flaky.order if "14/" in name]
+    changes = [call for call in calls if call[0] in ("put_file", "rm_file")]
+    assert changes[0] == ("rm_file", "manifest.json")
+    assert changes[-1] == ("put_file", "manifest.json")
+    assert store.cat_file(f"/mirror/run/checkpoints/{manifest.parent.name}/manifest.json") == (
+        manifest.read_bytes()
+    )
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_sent_gets_no_manifest(
+    folder: Path, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.train(mirrored(folder), run=tmp_path / "run")
+    system = Removing(store, run / "checkpoints" / "step-000000012" / "ema.safetensors")
+    monkeypatch.setattr(mirror, "filesystem", lambda url: (system, "/other/run"))
+    Mirror(URL, run).push()
+    there = [name for name in store.store if name.startswith("/other/run/checkpoints/step-")]
+    assert not [name for name in there if "12/" in name and name.endswith("manifest.json")]
+    assert [name for name in there if "14/" in name and name.endswith("manifest.json")]
+
+
+class Removing:
+    """A store that loses a local file when anything is sent."""
+
+    def __init__(self, system: Any, path: Path) -> None:
+        self.system, self.path = system, path
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.system, name)
+
+    def put_file(self, *args: Any, **options: Any) -> Any:
+        if self.path.parent.name in args[0]:
+            self.path.unlink(missing_ok=True)
+        return self.system.put_file(*args, **options)

@@ -92,9 +92,14 @@ class CompositeConditioner(AdaptableConditioner):
         """Return a hash of each pretrained part that the model's weights do not hold, by name."""
         return {name: digest for part in self._parts for name, digest in part.base_parts().items()}
 
-    def release_encoders(self, texts: Sequence[str]) -> int:
-        """Encode texts, free encoders that are needed no more, and return how many parameters."""
-        return sum(part.release_encoders(texts) for part in self._parts)
+    def encode_ahead(self, texts: Sequence[str]) -> None:
+        """Encode texts by all frozen encoders."""
+        for part in self._parts:
+            part.encode_ahead(texts)
+
+    def release_encoders(self) -> int:
+        """Free the frozen encoders of all parts, and return how many parameters."""
+        return sum(part.release_encoders() for part in self._parts)
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """Return the text encoders of all parts, by name."""

@@ -26,7 +26,7 @@ from sfumato.conditioners.pipeline_tokens import (
     read_tokens,
     with_vectors,
 )
-from sfumato.conditioners.pretrained_text import TextEmbedding, TextEncoder
+from sfumato.conditioners.pretrained_text import EmbeddingsInMemory, TextEmbedding, TextEncoder
 from sfumato.diffusers_library import import_diffusers, quiet
 from sfumato.errors import CheckpointError, ConfigError, closest
 from sfumato.networks.diffusers_weights import only_variant, weight_files
@@ -224,12 +224,16 @@ class PipelineTextEncoder(TextEncoder):
 
     def with_replacements(self, encoders: Mapping[str, nn.Module]) -> PipelineTextEncoder:
         """Return one that uses other encoders; its embeddings are kept in memory only."""
-        return replace(self, cache={}, replacements={**self.modules(), **encoders})
+        return replace(
+            self, cache=EmbeddingsInMemory(), replacements={**self.modules(), **encoders}
+        )
 
     def with_clip_skip(self, count: int) -> PipelineTextEncoder:
         """Return one that leaves out the last layers of the encoders; see `require_layers`."""
         config = replace(self.config, clip_skip=count)
-        encoder = replace(self, config=config, cache={}, replacements=self.modules())
+        encoder = replace(
+            self, config=config, cache=EmbeddingsInMemory(), replacements=self.modules()
+        )
         encoder.require_layers()
         return encoder
 

@@ -137,14 +137,16 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
         """Return a hash of the tensors of each text encoder in the pipeline's folder, by its name."""
         return dict(self._encoder[0].weights)
 
-    def release_encoders(self, texts: Sequence[str]) -> int:
-        """Encode texts, free the pipeline's encoders unless they learn, and return how many
-        parameters.
+    def encode_ahead(self, texts: Sequence[str]) -> None:
+        """Encode texts, unless the encoders learn, and keep their embeddings where other processes
+        find them.
         """
-        if self.learned is not None:
-            return 0
-        self._encoder[0](texts, self.device_marker.device)
-        return self._encoder[0].release()
+        if self.learned is None:
+            self._encoder[0].encode_ahead(texts, self.device_marker.device)
+
+    def release_encoders(self) -> int:
+        """Free the pipeline's encoders, unless they learn, and return how many parameters."""
+        return 0 if self.learned is not None else self._encoder[0].release()
 
     def text_encoders(self) -> Mapping[str, nn.Module]:
         """Return the pipeline's encoders, which are loaded for this."""

@@ -9,11 +9,11 @@ import importlib.metadata
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ TEXT_MODELS = {
 LONGEST = 512
 SPACE_MARKS = "\u0120\u2581#"  # that tokenizers write before a piece
 MAX_UNPACKED_BYTES = 4 << 30
+TEXTS_AT_ONCE = 64  # that an encoder reads: rounding depends on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,32 @@ class TextEmbedding(NamedTuple):
     tokens: Tensor
 
 
+class EmbeddingCache(Protocol):
+    """Embeddings by text."""
+
+    def __contains__(self, text: object) -> bool: ...
+
+    def __getitem__(self, text: str) -> Any: ...
+
+    def __setitem__(self, text: str, embedding: Any) -> None: ...
+
+    def refresh(self) -> None:
+        """Find what other processes have committed."""
+
+    def commit(self) -> None:
+        """Let other processes find what was added."""
+
+
+class EmbeddingsInMemory(dict[str, Any]):
+    """Embeddings by text that no other process finds."""
+
+    def refresh(self) -> None:
+        """Do nothing."""
+
+    def commit(self) -> None:
+        """Do nothing."""
+
+
 @dataclass
 class TextEncoder:
     """A frozen encoder, loaded for the first text that `cache` does not hold.
@@ -101,12 +128,12 @@ class TextEncoder:
     Attributes:
         config: where it is, and how much it reads.
         folder: where models are unpacked that packages ship.
-        cache: embeddings by text; a mapping on disk keeps them for later runs.
+        cache: embeddings by text; one on disk keeps them for later runs.
     """
 
     config: Any  # of this class, or of a subclass's own kind
     folder: Path
-    cache: MutableMapping[str, Any] = field(default_factory=dict)
+    cache: EmbeddingCache = field(default_factory=EmbeddingsInMemory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
         """Return the encoder itself: it is frozen and large, and a model's average shares it."""
@@ -114,13 +141,22 @@ class TextEncoder:
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> list[TextEmbedding]:
         """Return the embeddings of texts, float32, on `device`; new ones are added to `cache`."""
-        new = sorted({text for text in texts if text not in self.cache})
-        for first in range(0, len(new), 64):
-            for text, embedded in zip(
-                new[first : first + 64], self._encode(new[first : first + 64], device), strict=True
-            ):
-                self.cache[text] = embedded
+        self._encode_new(texts, device)
         return [TextEmbedding(*(part.to(device) for part in self.cache[text])) for text in texts]
+
+    def encode_ahead(self, texts: Sequence[str], device: torch.device) -> None:
+        """Add the embeddings of texts to `cache`, where other processes find them."""
+        self.cache.refresh()
+        self._encode_new(texts, device)
+        self.cache.commit()
+
+    def _encode_new(self, texts: Sequence[str], device: torch.device) -> None:
+        """Encode the texts that `cache` does not hold."""
+        new = sorted({text for text in texts if text not in self.cache})
+        for first in range(0, len(new), TEXTS_AT_ONCE):
+            part = new[first : first + TEXTS_AT_ONCE]
+            for text, embedded in zip(part, self._encode(part, device), strict=True):
+                self.cache[text] = embedded
 
     @cached_property
     def place(self) -> str:
@@ -305,9 +341,12 @@ class PretrainedTextConditioner(Conditioner):
             token_mask=first.expand(batch_size, -1),
         )
 
-    def release_encoders(self, texts: Sequence[str]) -> int:
-        """Encode texts, free the encoder, and return the number of its parameters."""
-        self._encoder[0](texts, self.nothing.device)
+    def encode_ahead(self, texts: Sequence[str]) -> None:
+        """Encode texts, and keep their embeddings where other processes find them."""
+        self._encoder[0].encode_ahead(texts, self.nothing.device)
+
+    def release_encoders(self) -> int:
+        """Free the encoder, and return the number of its parameters."""
         return self._encoder[0].release()
 
     @property

@@ -56,10 +56,13 @@ class Conditioner(nn.Module, ABC):
         """Return a hash of each pretrained part that its weights do not hold, by name."""
         return {}
 
-    def release_encoders(self, texts: Sequence[str]) -> int:
-        """Encode texts that will be needed, and free frozen encoders that are then needed no more.
+    def encode_ahead(self, texts: Sequence[str]) -> None:
+        """Encode texts that will be needed by a frozen encoder, and keep their embeddings where
+        other processes of this machine find them.
+        """
 
-        They are loaded again for other texts.
+    def release_encoders(self) -> int:
+        """Free frozen encoders; they are loaded again for texts that are not encoded yet.
 
         Returns:
             The number of parameters that were freed.

@@ -80,6 +80,11 @@ def index(
     return kept.load(is_new=True) or dataset
 
 
+def is_indexed(config: DataConfig, *, annotations: Sequence[str] = ("text",)) -> bool:
+    """Return whether `index` finds the index of a source, as it is now, in the cache."""
+    return _Work(config, annotations, None).kept.load() is not None
+
+
 def prepare_part(
     config: DataConfig,
     number: int,

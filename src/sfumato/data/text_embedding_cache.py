@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, MutableMapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ class Embedding(NamedTuple):
     tokens: Tensor
 
 
-class EmbeddingStore(MutableMapping[str, Embedding]):
+class EmbeddingStore:
     """Embeddings by text. Every COMMIT_EVERY new ones become a segment on disk; any that are not
     committed at the end are computed again the next time.
     """
@@ -61,6 +60,10 @@ class EmbeddingStore(MutableMapping[str, Embedding]):
         if len(self._new) >= COMMIT_EVERY:
             self.commit()
 
+    def refresh(self) -> None:
+        """Find what other processes have committed."""
+        self.__dict__.pop("_cache", None)
+
     def commit(self) -> None:
         """Write the new embeddings to disk; if that fails, only time is lost.
 
@@ -79,15 +82,6 @@ class EmbeddingStore(MutableMapping[str, Embedding]):
 
     def __contains__(self, text: object) -> bool:
         return text in self._recent or _key(str(text)) in self._cache.records
-
-    def __delitem__(self, text: str) -> None:
-        raise TypeError("embeddings are only ever added")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._recent)
-
-    def __len__(self) -> int:
-        return len(self._recent)
 
     def _hold(self, text: str, embedding: Embedding) -> None:
         """Keep an embedding in memory; if there are too many, drop the oldest that are on disk."""

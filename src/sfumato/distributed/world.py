@@ -39,6 +39,16 @@ class World:
         self.rank = rank
 
     @property
+    def machine(self) -> int:
+        """The number of this process's machine, from 0."""
+        return self.rank // self.per_machine
+
+    @property
+    def machines(self) -> int:
+        """How many machines there are."""
+        return -(-self.size // self.per_machine)
+
+    @property
     def is_first(self) -> bool:
         """Whether this process writes the run's files, and shows its progress."""
         return self.rank == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import ConditioningInfo
-from sfumato.data import Dataset, Listing, index, prepare_part
+from sfumato.data import Dataset, Listing, index, is_indexed, prepare_part
 from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES, place_of, too_few_images
 from sfumato.data.ledger import describe_note
+from sfumato.distributed import World, current
+from sfumato.errors import DataError
 from sfumato.evaluation.extractors import extractor
 from sfumato.generation.diffusion_model import Model
 from sfumato.networks import Backbone
@@ -106,6 +109,35 @@ def prepare(
         require_compiler()
     prior = given_prior(run, info, dataset.image_shape)
     return PreparedRun(run=run, dataset=dataset, info=info, model=model, prior=prior)
+
+
+def prepare_in_turn(
+    run: Run,
+    *,
+    listing: Listing | None = None,
+    directory: Path | None = None,
+    begins: bool = True,
+) -> PreparedRun:
+    """Prepare a run in all of its processes, one after another; see `prepare`.
+
+    Several machines decode a share of the images each, before the first one indexes them.
+    """
+    world = current()
+    if world.machines > 1:
+        world.together(lambda: _decode_share(run, world, directory))
+    return world.in_turn(lambda: prepare(run, listing=listing, directory=directory, begins=begins))
+
+
+def _decode_share(run: Run, world: World, directory: Path | None) -> None:
+    """Decode this machine's share of the images, unless the run's data are indexed already.
+
+    What is wrong with the data is said when they are indexed.
+    """
+    if world.local_rank or run.data.cache == "off":
+        return
+    with suppress(DataError):
+        if not is_indexed(run.data, annotations=run.conditioner.names):
+            decode_part(run, world.machine + 1, world.machines, directory=directory)
 
 
 def _require_data(run: Run, directory: str | Path | None) -> None:

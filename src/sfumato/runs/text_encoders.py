@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from sfumato.conditioners import CompositeConditioner
+from sfumato.conditioners.pretrained_text import TEXTS_AT_ONCE
 from sfumato.contexts import CONTEXTS, Text
 from sfumato.data import Dataset
+from sfumato.distributed import current
 from sfumato.runs.preparation import PreparedRun
 
 MAX_TEXTS = 10_000  # that are encoded before training begins
@@ -13,7 +15,7 @@ MAX_TEXTS = 10_000  # that are encoded before training begins
 def release_encoders(prepared: PreparedRun, conditioner: CompositeConditioner) -> str:
     """Encode all texts that training will read, and free the frozen text encoders.
 
-    A text that was not foreseen loads them again.
+    The processes of a machine share the texts. A text that was not foreseen loads the encoders again.
 
     Args:
         conditioner: of the model that is trained, with its adapters.
@@ -23,7 +25,12 @@ def release_encoders(prepared: PreparedRun, conditioner: CompositeConditioner) -
     texts = _texts(prepared)
     if not texts or len(texts) > MAX_TEXTS:
         return ""
-    count = conditioner.release_encoders(texts)
+    world = current()
+    begins = range(TEXTS_AT_ONCE * world.local_rank, len(texts), TEXTS_AT_ONCE * world.per_machine)
+    share = [text for begin in begins for text in texts[begin : begin + TEXTS_AT_ONCE]]
+    world.together(lambda: conditioner.encode_ahead(share))
+    conditioner.encode_ahead(texts)  # nothing is left where the cache is on disk
+    count = conditioner.release_encoders()
     if not count:
         return ""
     return (

@@ -30,7 +30,7 @@ from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.finetuning_report import FOLDER as REPORT
 from sfumato.runs.finetuning_report import finetuning_report, with_parity
 from sfumato.runs.plan_check import check_plan
-from sfumato.runs.preparation import PreparedRun, prepare, print_padding_costs
+from sfumato.runs.preparation import PreparedRun, prepare_in_turn, print_padding_costs
 from sfumato.runs.sweep import sweep_after_training
 from sfumato.runs.text_encoders import release_encoders
 from sfumato.runs.trainer_assembly import diffusion_trainer
@@ -120,7 +120,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
     for line in chosen.notes:
         console().print(line, markup=False)
     listing = chosen.listing_of(settings)
-    prepared = world.in_turn(lambda: prepare(settings, listing=listing))
+    prepared = prepare_in_turn(settings, listing=listing)
     if chosen.choice is not None:
         lines = [
             *chosen.reasons,
@@ -260,7 +260,7 @@ def _run_to_the_end(trainer: Trainer, run: Run, directory: RunDirectory) -> None
     def finish() -> None:
         sweep_after_training(directory.path, run, dataset, seconds=seconds)
         _report(directory.path)
-        if mirror is not None and (warning := mirror.try_push()):
+        if mirror is not None and (warning := mirror.mirror.try_push()):
             console().print(warning, markup=False)
 
     current().on_first(finish)
@@ -293,7 +293,7 @@ def _restore_trainer(
     require_own_mirror(directory.path, place, named=[*overridden, mirror or ""])
     begins = not directory.has_begun()
     share_of(settings.batch_size, current().size)
-    prepared = current().in_turn(lambda: prepare(settings, directory=directory.path, begins=begins))
+    prepared = prepare_in_turn(settings, directory=directory.path, begins=begins)
     if begins:
         with directory.unchanged_if_refused():
             _write_description(prepared, directory)

@@ -182,7 +182,7 @@ def go_back(trainer: Trainer, trouble: UnstableError, session: Session) -> None:
         DivergedError: if there is none, or training has gone back too often.
     """
     counters, directory = trainer.state.counters, trainer.directory
-    trainer.saver.finish()
+    trainer.saver.wait()
     sound = trainer.world.on_first(partial(checkpoint.set_diverged_aside, directory.checkpoints))
     gives_up = sound is None or counters.rollbacks >= MAX_ROLLBACKS
     first, last = max(trouble.first, sound or 0), counters.step - 1

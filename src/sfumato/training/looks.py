@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -40,8 +41,10 @@ SHARE, FREE_S = 0.045, 10.0
 # views from which copies are searched: at each doubling from the first, at the end from the second
 MIN_VIEWS, MIN_LAST_VIEWS = 8.0, 2.0
 MIN_LOOKS = 8  # however long they take
-ERRORS_SHARE = 0.6  # of the time of looks, for errors; the rest is for samples
-WATCHED = 1.1  # ratio of held-out to training errors from which no look is left out
+ERRORS_SHARE = 0.6  # of the time of looks, for errors; the rest is for samples, half of it the last
+# ratio of held-out to training errors from which the model begins to memorize, and times the views
+# after which that is surely seen: the looks that are left are spread over these
+WATCHED, WATCHED_SPAN = 1.1, 4.0
 
 
 class Looks(Hook):
@@ -66,6 +69,7 @@ class Looks(Hook):
         self._looks: list[Look] | None = None
         self._state: State | None = None
         self._sample_s, self._fitted = 0.0, False
+        self._errors_s: list[float] = []  # of the looks of this process, without their samples
 
     def looks(self, trainer: Trainer) -> list[Look]:
         """Return the looks up to the step that the trainer has reached."""
@@ -92,18 +96,35 @@ class Looks(Hook):
     def _next_views(self, trainer: Trainer, looks: list[Look]) -> float:
         """Return the views at which the next look is due.
 
-        Where looks at all marks would take too long, there are fewer, evenly over the logarithm of
-        the views; but none is left out while the model begins to memorize, which is over soon.
+        Where looks at all marks would take too long, those that there is time for are spread evenly
+        over the logarithm of the views that are left, or of those in which the model begins to
+        memorize. The last look of the run is always taken.
         """
-        counters, last = trainer.state.counters, looks[-1].views if looks else 0.0
-        if not looks or not counters.looks_s:
+        last = looks[-1].views if looks else 0.0
+        if not looks or not (look_s := self._look_s(trainer, looks)):
             return next_mark(last)
-        if self._state not in HARMFUL and looks[-1].ratio.mean > WATCHED:
-            return next_mark(last)
-        whole_views = max(2.0, trainer.views / max(trainer.progress, 1e-9))
-        affordable = self._allowed_s(trainer) / (counters.looks_s / len(looks))
-        growth = math.pow(whole_views, 1 / max(MIN_LOOKS, affordable))
-        return max(next_mark(last), last * growth)
+        allowed = max(MIN_LOOKS, ERRORS_SHARE * self._allowed_s(trainer) / look_s)
+        left = allowed - len(looks) - 1
+        if left < 1:
+            return math.inf
+        end = trainer.views / max(trainer.progress, 1e-9)
+        if self._state not in HARMFUL and last < (soon := self._memorizes_by(looks)):
+            end = min(end, soon)
+        return max(next_mark(last), last * math.pow(max(1.0, end / last), 1 / left))
+
+    @staticmethod
+    def _memorizes_by(looks: list[Look]) -> float:
+        """Return the views by which it is surely seen that the model memorizes, if it begins to; 0 if
+        not.
+        """
+        watched = list(itertools.takewhile(lambda look: look.ratio.mean > WATCHED, reversed(looks)))
+        return WATCHED_SPAN * watched[-1].views if watched else 0.0
+
+    def _look_s(self, trainer: Trainer, looks: list[Look]) -> float:
+        """Return about how long the errors of a look take; after a resume, with its samples."""
+        if self._errors_s:
+            return sum(self._errors_s) / len(self._errors_s)
+        return trainer.state.counters.looks_s / len(looks)
 
     @staticmethod
     def _allowed_s(trainer: Trainer) -> float:
@@ -119,6 +140,7 @@ class Looks(Hook):
         with trainer.timetable.recording(self.name):
             with trainer.uncompiled():
                 looks.append(self._look(trainer, average, session))
+            self._errors_s.append(seconds() - begun)
             looks[-1] = self._with_samples(looks[-1], trainer, looks[:-1])
             current().on_first(partial(self._write, looks[-1]))
             found = verdict(looks)
@@ -175,12 +197,10 @@ class Looks(Hook):
         """Return a look with what samples show, if it is time to draw some and they cost little."""
         last = next((look.views for look in reversed(looks) if look.copies is not None), 0.0)
         most = trainer.config.validation.copy_samples
-        left_s = spare_s = self._allowed_s(trainer) - trainer.state.counters.looks_s
-        if trainer.finished:  # the last samples say most: they always have half of the time
+        left_s, spare_s = self._left_for_samples(trainer, looks)
+        needed, numbers = max(MIN_VIEWS, 2 * last), [most // 3]
+        if trainer.finished:  # these samples say most
             needed, numbers = MIN_LAST_VIEWS, [most, most // 3]
-            left_s = max(left_s, self._allowed_s(trainer) / 2)
-        else:
-            needed, numbers, left_s = max(MIN_VIEWS, 2 * last), [most // 3], left_s / 4
         sample_s = self._sample_s or self._expected_sample_s(trainer)
         num = next((number for number in numbers if sample_s * number <= left_s), 0)
         if not num or trainer.views < needed:
@@ -192,6 +212,16 @@ class Looks(Hook):
         self._sample_s = taken_s / num
         figures = self.search.figures(images, left_s=min(left_s, spare_s) - taken_s)
         return replace(look, copies=copies, samples=figures)
+
+    def _left_for_samples(self, trainer: Trainer, looks: list[Look]) -> tuple[float, float]:
+        """Return the seconds that samples of this look may take, and what is left of the time of all
+        looks: half of the time for samples is kept for the last, which have what errors leave, too.
+        """
+        allowed_s, taken_s = self._allowed_s(trainer), trainer.state.counters.looks_s
+        spare_s = allowed_s - taken_s - self._errors_s[-1]
+        samples_s = (1 - ERRORS_SHARE) * allowed_s
+        left_s = samples_s - max(0.0, taken_s - len(looks) * self._look_s(trainer, looks))
+        return (max(spare_s, left_s) if trainer.finished else left_s - samples_s / 2), spare_s
 
     def _expected_sample_s(self, trainer: Trainer) -> float:
         """Return about how long a sample takes: a prediction is a quarter of a training step."""

@@ -6,6 +6,7 @@ afterwards. An empty machine goes on from it.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -43,6 +44,7 @@ class Mirror:
     def __init__(self, url: str, run: Path) -> None:
         self.url, self.run = url, run
         self._sent: dict[str, tuple[int, int]] = {}
+        self._checkpoints: dict[str, bytes] = {}  # that are there, with their manifests
 
     def require_free(self) -> None:
         """Raise RunError if there is a run at the address already, which a new one would replace."""
@@ -67,8 +69,7 @@ class Mirror:
         for path in self._files():
             self._send(system, root, path)
         for step in steps:
-            for path in sorted(step.iterdir(), key=lambda path: path.name == MANIFEST):
-                self._send(system, root, path)
+            self._send_checkpoint(system, root, step)
         kept = {step.name for step in steps}
         for name in self._steps(system, root) - kept if kept else ():
             place = f"{root}/{CHECKPOINTS}/{name}"
@@ -151,20 +152,43 @@ class Mirror:
                 continue
             yield path
 
-    def _send(self, system: Any, root: str, path: Path) -> None:
-        """Write a file, unless it was written as it is now."""
+    def _send_checkpoint(self, system: Any, root: str, step: Path) -> None:
+        """Write a checkpoint, its manifest last, unless one with the same manifest is there.
+
+        One that training removes meanwhile is not seen there: its manifest is not written.
+        """
+        try:
+            manifest = (step / MANIFEST).read_bytes()  # which has the hashes of all files
+            paths = sorted(step.iterdir(), key=lambda path: path.name == MANIFEST)
+        except FileNotFoundError:
+            return
+        if self._checkpoints.get(step.name) == manifest:
+            return
+        place = f"{root}/{CHECKPOINTS}/{step.name}/{MANIFEST}"
+        if self._try(partial(system.exists, place)):
+            if self._try(partial(system.cat_file, place)) == manifest:
+                self._checkpoints[step.name] = manifest
+                return
+            self._try(partial(system.rm_file, place))
+        if all(self._send(system, root, path) for path in paths):
+            self._checkpoints[step.name] = manifest
+
+    def _send(self, system: Any, root: str, path: Path) -> bool:
+        """Write a file, unless it was written as it is now; return False if it is gone."""
         name = path.relative_to(self.run).as_posix()
         try:
             status = path.stat()
-        except FileNotFoundError:  # training has gone on, and removed it
-            return
-        state = (status.st_size, status.st_mtime_ns)
-        if self._sent.get(name) == state:
-            return
-        parent = f"{root}/{name}".rpartition("/")[0]
-        self._try(lambda: system.makedirs(parent, exist_ok=True))
-        self._try(partial(system.put_file, str(path), f"{root}/{name}"))
-        self._sent[name] = state
+            state = (status.st_size, status.st_mtime_ns)
+            if self._sent.get(name) != state:
+                parent = f"{root}/{name}".rpartition("/")[0]
+                self._try(lambda: system.makedirs(parent, exist_ok=True))
+                self._try(partial(system.put_file, str(path), f"{root}/{name}"))
+                self._sent[name] = state
+        except (FileNotFoundError, MirrorError):
+            if path.exists():
+                raise
+            return False  # training has gone on, and removed it
+        return True
 
     def _get(self, system: Any, place: str, target: Path) -> None:
         self._try(partial(system.get_file, place, str(target)))
@@ -219,6 +243,43 @@ class Mirror:
                     ) from None  # fmt: skip
                 time.sleep(PAUSE_S * 2**attempt)
         raise AssertionError
+
+
+class BackgroundMirror:
+    """Copies a run in a thread; what is saved while a copy is made is copied by the next one."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self.mirror, self._lock = mirror, threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._is_due, self._warning = False, ""
+
+    def begin(self) -> None:
+        """Begin a copy of the run as it is now, or one that follows the copy that is being made."""
+        with self._lock:
+            self._is_due = True
+            if self._thread is None:
+                # a process that must end does not wait: what is not whole there is not seen
+                self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._is_due:
+                    self._thread = None
+                    return
+                self._is_due = False
+            self._warning = self.mirror.try_push()
+
+    def wait(self) -> None:
+        """Wait until all that was saved is copied, or could not be."""
+        while (thread := self._thread) is not None:
+            thread.join()
+
+    def take_warning(self) -> str:
+        """Return what kept the last copy from being made, once; "" if nothing did."""
+        warning, self._warning = self._warning, ""
+        return warning
 
 
 def restore(url: str, run: Path) -> Path:

@@ -23,7 +23,7 @@ from sfumato.storage.untrusted import first_not_finite
 from sfumato.training import post_hoc_ema
 from sfumato.training.guard import WINDOW, UnstableError
 from sfumato.training.hooks import SNAPSHOTS
-from sfumato.training.mirror import Mirror
+from sfumato.training.mirror import BackgroundMirror, Mirror
 from sfumato.training.parameters import count, trainable
 from sfumato.training.state import average_name
 
@@ -51,8 +51,7 @@ class RunSaver:
         self.trainer, self._writes_frozen, self._frozen = trainer, writes_frozen, ""
         self._background, self._retry_at = BackgroundWriter(), math.inf
         mirror = trainer.config.checkpoint.mirror
-        self.mirror = Mirror(mirror, trainer.directory.root) if mirror else None
-        self._mirror_error = ""
+        self.mirror = BackgroundMirror(Mirror(mirror, trainer.directory.root)) if mirror else None
 
     def save(self, bar: ProgressBar) -> None:
         """Save a checkpoint beside training; if that fails, it is tried again later.
@@ -73,9 +72,8 @@ class RunSaver:
     def has_failed(self, bar: ProgressBar) -> bool:
         """Say if the last checkpoint could not be written, and whether it is time to try again."""
         self._attempt(bar, self._background.raise_if_failed)
-        error, self._mirror_error = self._mirror_error, ""
-        if error:
-            bar.say(error)
+        if self.mirror is not None and (warning := self.mirror.take_warning()):
+            bar.say(warning)
         return time.monotonic() > self._retry_at
 
     def _attempt(self, bar: ProgressBar, save: Callable[[], object]) -> None:
@@ -85,8 +83,16 @@ class RunSaver:
             self._retry_at = time.monotonic() + RETRY_S
             bar.say(f"warning: {error}")
 
-    def finish(self) -> None:
-        """Wait for what is being written; how that ends does not matter any more."""
+    def finish(self, bar: ProgressBar) -> None:
+        """Wait for what is being written and copied; how the writing ends does not matter any more."""
+        self.wait()
+        if self.mirror is not None:
+            self.mirror.wait()
+            if warning := self.mirror.take_warning():
+                bar.say(warning)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written."""
         with suppress(CheckpointError, OSError):
             self._background.wait()
 
@@ -102,7 +108,7 @@ class RunSaver:
 
     def _try_now(self) -> str | None:
         """Save a checkpoint, and wait for it; return what went wrong, the same in all processes."""
-        self.finish()
+        self.wait()
         tensors = self._finite_tensors()
 
         def write() -> str | None:
@@ -247,7 +253,8 @@ class RunSaver:
 
         def save_and_copy(tensors: Groups) -> None:
             write(tensors=tensors)
-            self._mirror_error = "" if self.mirror is None else self.mirror.try_push()
+            if self.mirror is not None:
+                self.mirror.begin()
 
         return save_and_copy
 

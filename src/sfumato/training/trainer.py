@@ -231,7 +231,7 @@ class Trainer:
             finally:
                 guardian.forget()
                 session.close()
-                self.saver.finish()
+                self.saver.finish(bar)
             self._tell_what_was_left_out(bar)
             with suppress(OSError):
                 self.directory.write_status("finished", self.state.counters.step)
