@@ -132,7 +132,12 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_both(runs: Runs)
 
 @pytest.mark.parametrize(
     ("to", "engine"),
-    [("all", "replicate"), ("first", "replicate"), ("second", "replicate"), ("second", "shard")],
+    [
+        ("all", "replicate"),
+        ("first", "replicate"),
+        ("second", "replicate"),
+        pytest.param("second", "shard", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_any_process_stops_all_at_the_same_step(
     runs: Runs, to: str, engine: str
@@ -352,7 +357,7 @@ def test_torchrun_starts_a_failed_run_again(runs: Runs, tmp_path: Path) -> None:
     assert json.dumps(losses(run)) == json.dumps(losses(two(runs)))
 
 
-@pytest.mark.parametrize("engine", [pytest.param("replicate", marks=pytest.mark.slow), "shard"])
+@pytest.mark.parametrize("engine", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
 def test_pictures_and_looks_that_cannot_be_written_end_nothing(runs: Runs, engine: str) -> None:
     def patch() -> None:
         from sfumato.training import looks, monitors, saving

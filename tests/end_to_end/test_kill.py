@@ -33,7 +33,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-@pytest.mark.parametrize("wanted", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_many_times_ends_as_if_left_alone(wanted: int, tmp_path: Path) -> None:
     folder = images(tmp_path / "images")
     recipe = tmp_path / "tiny.yaml"

@@ -121,7 +121,7 @@ def test_a_training_that_never_recovers_ends_with_what_is_known(pixel: Case) -> 
     assert max(largest_weights(run)) < 1e3
 
 
-@pytest.mark.parametrize("rate", ["1e3", "1e8"])
+@pytest.mark.parametrize("rate", ["1e3", pytest.param("1e8", marks=pytest.mark.slow)])
 def test_a_rate_that_is_too_high_leaves_good_checkpoints(pixel: Case, rate: str) -> None:
     run = pixel.lab.new("rate")
     code, said = pixel.lab.call(

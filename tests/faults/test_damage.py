@@ -165,7 +165,7 @@ def stored(cache: Path, kind: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize("damage", ["bit", "zeros", "cut"])
+@pytest.mark.parametrize("damage", ["bit", pytest.param("zeros", marks=pytest.mark.slow), "cut"])
 def test_damaged_pixels_in_the_cache_are_decoded_again(
     pixel: Case, own_cache: Callable[[], Path], damage: str
 ) -> None:
@@ -186,7 +186,7 @@ def newest_step(run: Path) -> int:
     return int(found[-1].name[5:]) if found else -1
 
 
-@pytest.mark.parametrize("damage", ["bit", "zeros"])
+@pytest.mark.parametrize("damage", ["bit", pytest.param("zeros", marks=pytest.mark.slow)])
 def test_damaged_latents_in_the_cache_are_named_and_made_again(
     latent: Case, own_cache: Callable[[], Path], damage: str
 ) -> None:

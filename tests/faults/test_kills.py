@@ -57,7 +57,7 @@ def kill_at_random(case: Case, rng: random.Random, run: Path, cache: Path) -> tu
     return stage, writing
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["pixel", "latent"])
 def test_killed_at_random_moments_it_ends_as_if_left_alone(
     kind: str,
