@@ -15,6 +15,7 @@ import torch
 
 from sfumato.data import DataConfig, Dataset, Folder, array_cache, index, pixel_store
 from sfumato.data.array_cache import ArrayCache, RowReader, Writer
+from sfumato.data.segment_records import FACTS, HEAD, LINES, ROWS, Records, stored_keys
 from sfumato.errors import DataError
 from sfumato.storage import atomic
 from tests.helpers.containers import put
@@ -175,38 +176,70 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+def as_before(segment: Path) -> None:
+    """Write the records as versions before did: in one file of lines."""
+    cache = ArrayCache.at(segment.parent)
+    lines = []
+    for key in cache.records:
+        record = cache.records[key]
+        places = {
+            name: [place.file.rpartition("/")[2], place.row, place.check]
+            for name, place in record.arrays.items()
+        }
+        lines.append(json.dumps([key, record.facts, places]))
+    (segment / LINES).write_text("\n".join(lines) + "\n")
+    for name in (HEAD, ROWS, FACTS):
+        (segment / name).unlink()
+
+
 def with_record(segment: Path, facts: object, places: dict) -> None:
     """The first image's record, once more and wrong."""
-    path = segment / "records.jsonl"
+    as_before(segment)
+    path = segment / LINES
     key = json.loads(path.read_text().partition("\n")[0])[0]
     path.write_text(path.read_text() + json.dumps([key, facts, places]) + "\n")
 
 
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[2 * len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+HARM: dict[str, Callable[[Path], object]] = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": cut,
+    "in binary": lambda path: path.write_bytes(bytes(range(256))),
+    "of zeros": lambda path: path.write_bytes(bytes(5000)),
+    "with a bit that has flipped": flipped,
+}
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "pixels cut": lambda segment: cut(biggest(segment)),
     "pixels empty": lambda segment: biggest(segment).write_bytes(b""),
     "pixels gone": lambda segment: biggest(segment).unlink(),
     "thumbnails cut": lambda segment: cut(next(segment.glob("thumbnail*"))),
-    "records gone": lambda segment: (segment / "records.jsonl").unlink(),
-    "records empty": lambda segment: (segment / "records.jsonl").write_bytes(b""),
-    "records cut": lambda segment: os.truncate(segment / "records.jsonl", 700),
-    "records in binary": lambda segment: (segment / "records.jsonl").write_bytes(bytes(range(256))),
-    "records of zeros": lambda segment: (segment / "records.jsonl").write_bytes(bytes(5000)),
-    "records of another kind": lambda segment: (segment / "records.jsonl").write_text(
-        '{"a": 1}\n[1, 2]\n'
-    ),
+    **{
+        f"{file} {name}": lambda segment, file=file, harm=harm: harm(segment / file)  # type: ignore[misc]
+        for file in (HEAD, ROWS, FACTS)
+        for name, harm in HARM.items()
+        if (file, name) != (HEAD, "with a bit that has flipped")
+    },
+    "a head of another kind": lambda segment: (segment / HEAD).write_text("[1, 2]"),
+    "nested": lambda segment: (segment / HEAD).write_text("[" * 100_000),
+    "lines of another kind": lambda segment: (segment / LINES).write_text('{"a": 1}\n[1, 2]\n'),
+    "lines cut": lambda segment: (as_before(segment), os.truncate(segment / LINES, 700)),
     "a record without facts": lambda segment: with_record(segment, None, {}),
     "a record of another file": lambda segment: with_record(segment, {}, {"pixels": ["x.bin", 0]}),
     "a record of no row": lambda segment: with_record(
         segment, {}, {"pixels": [biggest(segment).name, "x"]}
     ),
     "a record beyond the end": lambda segment: with_record(
-        segment, {}, {"pixels": [biggest(segment).name, 12]}
+        segment, {}, {"pixels": [biggest(segment).name, 12, 0]}
     ),
     "a record before the beginning": lambda segment: with_record(
-        segment, {}, {"pixels": [biggest(segment).name, -1]}
+        segment, {}, {"pixels": [biggest(segment).name, -1, 0]}
     ),
-    "nested records": lambda segment: (segment / "records.jsonl").write_text("[" * 100_000),
     "a file instead of the folder": lambda segment: (
         segment.rename(segment.with_name("old")),
         segment.write_bytes(b""),
@@ -227,6 +260,16 @@ def test_a_damaged_segment_is_noticed_and_made_again(
     decoded.clear()
     assert right(opened(photos))
     assert decoded == []
+
+
+def test_a_cache_of_versions_before_is_used(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    opened(photos)
+    (segment,) = segments(home)
+    as_before(segment)
+    decoded.clear()
+    put(photos, {"12.png": image(12)})
+    assert right(opened(photos), range(13))
+    assert decoded == [image(12)]
 
 
 def test_damage_to_one_segment_leaves_the_others(
@@ -397,10 +440,49 @@ def test_arrays_of_several_shapes_in_several_segments_are_gathered(home: Path) -
         writer.commit()
     store = ArrayCache.open("latents", "test")
     wanted = [key for key in sorted(expected, reverse=True) if expected[key].shape[0] == 3]
-    read_rows = RowReader.of(store, [store.records[key].arrays["latent"] for key in wanted])
+    read_rows = RowReader.of(store, stored_keys(wanted), "latent")
     assert (
         read_rows(np.array([5, 0, 3, 3])) == np.stack([expected[wanted[i]] for i in (5, 0, 3, 3)])
     ).all()
     assert read_rows(np.array([], np.int64)).shape[0] == 0
     assert {store.records[key].facts["side"] for key in wanted} == {3}
     assert store.size_bytes() > sum(array.nbytes for array in expected.values())
+
+
+def test_of_equal_keys_the_one_in_the_last_segment_counts(home: Path) -> None:
+    store = ArrayCache.open("latents", "test")
+    for value in (1, 2):
+        writer = Writer(store)
+        writer.add("a", {"value": value}, {"x": np.full(2, value, np.int16)})
+        writer.add(f"b{value}", {}, {})
+        writer.commit()
+    for cache in (store, ArrayCache.open("latents", "test")):
+        assert len(cache.records) == len(list(cache.records)) == 3
+        assert cache.records["a"].facts == {"value": 2}
+        assert cache.array(cache.records["a"].arrays["x"]).tolist() == [2, 2]
+        assert cache.records["b1"].arrays == {}
+        assert "c" not in cache.records
+        with pytest.raises(KeyError):
+            cache.records.facts(stored_keys(["a", "c"]))
+    assert "a" not in Records()
+    assert len(Records()) == 0
+
+
+def test_records_are_found_as_in_a_dictionary(home: Path) -> None:
+    """Also keys of zeros at the end, which numpy takes for padding."""
+    generator = np.random.default_rng(0)
+    names = [generator.bytes(16).hex() for _ in range(50)]
+    names += [name[: 2 * length].ljust(32, "0") for length, name in enumerate(names[:16])]
+    names += ["", "0", "x" * 100, "0" * 31, "\ud800", "0" * 33]
+    store, expected = ArrayCache.open("latents", "test"), {}
+    for _ in range(4):
+        writer = Writer(store)
+        for name in generator.choice(names, 30):
+            expected[str(name)] = {"value": int(generator.integers(1000))}
+            writer.add(str(name), expected[str(name)], {})
+        writer.commit()
+    assert {name: dict(store.records[name].facts) for name in expected} == expected
+    assert [name in store.records for name in names] == [name in expected for name in names]
+    wanted = list(expected)[::-1]
+    assert store.records.facts(stored_keys(wanted)) == [expected[name] for name in wanted]
+    assert len(store.records) == len(expected)

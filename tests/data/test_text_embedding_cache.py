@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sfumato.data import text_embedding_cache
+from sfumato.data.segment_records import HEAD, ROWS
 from sfumato.data.text_embedding_cache import COMMIT_EVERY, Embedding, EmbeddingStore
 
 TEXTS = ["", "a cat", "eine Katze", "猫 🐈", "x" * 100_000, "\ud800", "a\0b\n\x1b[2J"]
@@ -127,11 +128,9 @@ def _cut(path: Path) -> None:
 
 
 DAMAGE = {
-    "no records": lambda segment: (segment / "records.jsonl").unlink(),
-    "records cut short": lambda segment: (
-        _cut(segment / "records.jsonl") or _cut(segment / "records.jsonl")
-    ),
-    "records of nonsense": lambda segment: (segment / "records.jsonl").write_bytes(b"\xff[[["),
+    "no records": lambda segment: (segment / ROWS).unlink(),
+    "records cut short": lambda segment: _cut(segment / ROWS),
+    "records of nonsense": lambda segment: (segment / HEAD).write_bytes(b"\xff[[["),
     "arrays cut short": lambda segment: [_cut(path) for path in segment.glob("*.bin")],
     "arrays gone": lambda segment: [path.unlink() for path in segment.glob("*.bin")],
     "arrays empty": lambda segment: [path.write_bytes(b"") for path in segment.glob("*.bin")],

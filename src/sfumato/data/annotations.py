@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato.data.attribute_table import AttributeTable
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, quiet
 from sfumato.data.file_types import ANNOTATION_FILES, MAPS
-from sfumato.data.listing import Blob, Entry, Reject, value_at
+from sfumato.data.listing import Blob, Entry, value_at
 from sfumato.data.parallel import ordered_map
 from sfumato.data.points import RejectedPoints, read_points
 from sfumato.errors import DataError
@@ -116,8 +116,8 @@ class Annotations:
         warning = f"warning: {black} masks are black: nothing is learned from their images"
         return [line, *([warning] if black else [])]
 
-    def find_unreadable(self) -> Iterator[tuple[str, Reject]]:
-        """Read all maps and point clouds once, and yield the unusable ones, with their kind.
+    def find_unreadable(self) -> Iterator[tuple[str, int]]:
+        """Read all maps and point clouds once, and yield the kind and position of the unusable ones.
 
         They count as not given.
         """
@@ -129,7 +129,7 @@ class Annotations:
                 reasons = ordered_map(lambda i, name=name: self._reason(name, i), positions)  # type: ignore[misc]
                 for i, reason in zip(positions, reasons, strict=True):
                     if reason:
-                        yield name, Reject(self.entries[i].name, reason)
+                        yield name, i
 
     def _reason(self, name: str, position: int) -> str:
         try:

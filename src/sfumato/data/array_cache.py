@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -30,27 +29,11 @@ from numpy.typing import NDArray
 
 from sfumato.data import files
 from sfumato.data.choice import choose_evenly
+from sfumato.data.segment_records import DAMAGED, Line, Place, Records, Segment, write_records
 from sfumato.errors import DataError
 from sfumato.storage.atomic import atomic_file, commit, sweep, temporary_beside
 
 FORMAT = "3"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an array is: its file, its row there, and the CRC-32 of its bytes."""
-
-    file: str
-    row: int
-    check: int
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is kept under one key: plain facts, and the place of each named array."""
-
-    facts: Mapping[str, Any]
-    arrays: Mapping[str, Place]
 
 
 class DamagedRows(DataError):
@@ -76,11 +59,13 @@ class ArrayCache:
     """
 
     folder: Path
-    records: dict[str, Record] = field(default_factory=dict)
+    records: Records = field(default_factory=Records)
+    _known: set[str] = field(default_factory=set, repr=False)
     _maps: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # other processes map the files for themselves
+        # other processes map the files for themselves, and look nothing up
+        return {**self.__dict__, "records": Records(), "_maps": {}}
 
     @classmethod
     def open(cls, kind: str, transform: str) -> ArrayCache:
@@ -94,35 +79,22 @@ class ArrayCache:
     def at(cls, folder: Path) -> ArrayCache:
         """Open the cache in a folder."""
         cache = cls(folder)
-        for segment in sorted(cache.folder.glob("segment-*")):
-            cache._read(segment)
+        cache.refresh()
         return cache
 
-    def _read(self, segment: Path) -> None:
-        try:
-            with (segment / "records.jsonl").open() as lines:
-                records = {}
-                rows: dict[str, int] = {}
-                for line in lines:
-                    key, facts, arrays = json.loads(line)
-                    records[key] = Record(
-                        dict(facts),
-                        {
-                            name: Place(f"{segment.name}/{file}", int(row), int(check))
-                            for name, (file, row, check) in arrays.items()
-                        },
-                    )
-                    for file, row, _ in arrays.values():
-                        if row < 0:
-                            return
-                        rows[file] = max(row, rows.get(file, 0))
-                if any(
-                    len(self.map(f"{segment.name}/{file}")) <= row for file, row in rows.items()
-                ):
-                    return
-        except (OSError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
-            return  # damaged: its keys are missed, and made again
-        self.records.update(records)
+    def refresh(self) -> None:
+        """Find what other processes have added."""
+        for folder in sorted(self.folder.glob("segment-*")):
+            if folder.name not in self._known:
+                self.add(folder)
+
+    def add(self, folder: Path) -> None:
+        """Add the records of a segment; if it is damaged, its keys are missed, and made again."""
+        self._known.add(folder.name)
+        with contextlib.suppress(*DAMAGED):
+            segment = Segment.open(folder)
+            if all(len(self.map(file)) >= rows for file, rows in segment.longest().items()):
+                self.records.add(segment)
 
     def map(self, file: str) -> NDArray[Any]:
         """Memory-map one file of arrays, (rows, ...); its shape and dtype are in its name."""
@@ -165,23 +137,24 @@ def verify_sample(kind: str, most: int) -> tuple[int, list[str]]:
     """Compare arrays of a kind of cache with their check values.
 
     Args:
-        most: arrays to read, spread evenly over all that there are.
+        most: keys whose arrays are read, spread evenly over all that there are.
     Returns:
         how many were read, and the segments that have damaged ones.
     """
-    places = [
-        (cache, place)
+    keys = [
+        (cache, key)
         for folder in sorted((files.cache_folder() / kind).glob("*"))
         for cache in [ArrayCache.at(folder)]
-        for record in cache.records.values()
-        for place in record.arrays.values()
+        for key in cache.records
     ]
-    chosen = [places[number] for number in choose_evenly(np.arange(len(places)), most)]
-    damaged = set()
-    for cache, place in chosen:
-        if _check(np.array(cache.map(place.file)[place.row])) != place.check:
-            damaged.add(str(cache.folder / place.file.partition("/")[0]))
-    return len(chosen), sorted(damaged)
+    chosen = [keys[number] for number in choose_evenly(np.arange(len(keys)), most)]
+    damaged, count = set(), 0
+    for cache, key in chosen:
+        for place in cache.records[key].arrays.values():
+            count += 1
+            if _check(np.array(cache.map(place.file)[place.row])) != place.check:
+                damaged.add(str(cache.folder / place.file.partition("/")[0]))
+    return count, sorted(damaged)
 
 
 class Writer:
@@ -192,12 +165,14 @@ class Writer:
         self.temporary = temporary_beside(cache.folder / "segment")
         self._files: dict[str, BinaryIO] = {}
         self._rows: dict[str, int] = {}
-        self._lines: list[str] = []
-        self._records: dict[str, tuple[Mapping[str, Any], dict[str, tuple[str, int, int]]]] = {}
+        self._lines: dict[str, Line] = {}
         self.temporary.mkdir(parents=True)
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._lines
 
     def add(self, key: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Store `facts` and `arrays` under `key`."""
@@ -210,8 +185,7 @@ class Writer:
             self._files[file].write(data.data)
             places[name] = (file, self._rows[file], _check(data))
             self._rows[file] += 1
-        self._lines.append(json.dumps([key, facts, places]))
-        self._records[key] = (facts, places)
+        self._lines[key] = (key, facts, places)
 
     def commit(self) -> None:
         """Make the segment part of the cache; an empty one is discarded.
@@ -227,7 +201,7 @@ class Writer:
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
-            (self.temporary / "records.jsonl").write_text("\n".join(self._lines) + "\n")
+            write_records(self.temporary, list(self._lines.values()))
             segment = (
                 self.cache.folder
                 / f"segment-{len(list(self.cache.folder.glob('segment-*'))):04d}-{uuid.uuid4().hex[:12]}"
@@ -240,16 +214,7 @@ class Writer:
                 where=str(self.cache.folder),
                 hint="free some space, or set data.cache=off",
             ) from None
-        self.cache.records |= {
-            key: Record(
-                facts,
-                {
-                    name: Place(f"{segment.name}/{file}", *at)
-                    for name, (file, *at) in places.items()
-                },
-            )
-            for key, (facts, places) in self._records.items()
-        }
+        self.cache.add(segment)
 
     def discard(self) -> None:
         """Remove the segment without a trace."""
@@ -281,17 +246,22 @@ class RowReader:
         self._known = np.zeros(len(row), bool)
 
     @classmethod
-    def of(cls, cache: ArrayCache, places: list[Place]) -> RowReader:
-        """Return a reader of arrays at these places."""
-        names = sorted({place.file for place in places})
-        numbers = {name: number for number, name in enumerate(names)}
-        return cls(
-            cache,
-            names,
-            np.array([numbers[place.file] for place in places], np.int32),
-            np.array([place.row for place in places], np.int64),
-            np.array([place.check for place in places], np.uint32),
-        )
+    def of(cls, cache: ArrayCache, keys: NDArray[np.bytes_], name: str) -> RowReader:
+        """Return a reader of the arrays of this name that are kept under keys, (n,).
+
+        Raises:
+            KeyError: if one is not there.
+        """
+        names: list[str] = []
+        file = np.zeros(len(keys), np.int32)
+        row, check = np.zeros(len(keys), np.int64), np.zeros(len(keys), np.uint32)
+        for segment, chosen, places in cache.records.groups(keys):
+            found = segment.rows[places]
+            file[chosen] = found[f"{name} file"].astype(np.int32) + len(names)
+            row[chosen], check[chosen] = found[f"{name} row"], found[f"{name} check"]
+            names += segment.files
+        used, numbers = np.unique(file, return_inverse=True)
+        return cls(cache, [names[i] for i in used], numbers.astype(np.int32), row, check)
 
     @property
     def is_whole(self) -> bool:

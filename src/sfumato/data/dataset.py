@@ -7,9 +7,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -160,6 +161,16 @@ class DataConfig:
             alpha=self.alpha,
             scale=scale,
         )
+
+
+def _hash_of(texts: Iterable[str], separator: str) -> str:
+    """Return the SHA-256 of joined texts, without joining all of them at once."""
+    result, rest = hashlib.sha256(), iter(texts)
+    begin = ""
+    while part := list(islice(rest, 10_000)):
+        result.update((begin + separator.join(part)).encode())
+        begin = separator
+    return result.hexdigest()
 
 
 class Images(NamedTuple):
@@ -318,20 +329,13 @@ class Dataset:
         return self._hash(self.whole)
 
     def _hash(self, training: NDArray[np.int64]) -> str:
-        texts = hashlib.sha256(
-            "\0".join("\1".join(texts) for texts in values(self.entries, "captions")).encode()
-        ).hexdigest()
+        texts = _hash_of(("\1".join(texts) for texts in values(self.entries, "captions")), "\0")
         texts += repr([each for each in values(self.entries, "attributes") if each])
         if len(self._repeated(training)) > len(training):
             texts += repr(list(values(self.entries, "repeats")))
-        lines = [
-            repr(self.pixel_format),
-            *self.ids,
-            *map(str, self.labels.tolist()),
-            texts,
-            training.tobytes().hex(),
-        ]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        labels = map(str, self.labels.tolist())
+        ends = texts, training.tobytes().hex()
+        return _hash_of(chain([repr(self.pixel_format)], self.ids, labels, ends), "\n")
 
     @property
     def pixel_format(self) -> PixelFormat:

@@ -134,8 +134,7 @@ def clusters(
         read: thumbnails (n, 32, 32, 3) at positions.
         resolution: pixels along the shortest side; below MIN_SIDE, only exact copies are grouped.
     """
-    firsts: dict[str, int] = {}
-    same = np.array([firsts.setdefault(id_, number) for number, id_ in enumerate(ids)], np.int64)
+    same = firsts_of_equals(ids)
     distinct = np.unique(same)
     small: Thumbnails = (
         StoredThumbnails(read, distinct)
@@ -149,6 +148,14 @@ def clusters(
     groups = np.arange(len(ids))
     groups[distinct] = distinct[leaders]
     return np.unique(groups[same], return_inverse=True)[1].astype(np.int64)
+
+
+def firsts_of_equals(ids: Sequence[str]) -> NDArray[np.int64]:
+    """Return the position of the first of the equal ids of each, (N,)."""
+    _, firsts, places = np.unique(
+        np.array(list(ids), np.bytes_), return_index=True, return_inverse=True
+    )
+    return firsts[places.reshape(-1)].astype(np.int64)
 
 
 def _choose_leaders(

@@ -11,6 +11,9 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sfumato.data.arrow import arrow
 from sfumato.data.listing import Blob, Entry, File, Inline, Slice, ZipMember
 
@@ -59,7 +62,10 @@ class EntryTable(Sequence[Entry]):
     def __getitem__(self, place: slice) -> list[Entry]: ...
     def __getitem__(self, place: int | slice) -> Entry | list[Entry]:
         if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
+            numbers = range(*place.indices(len(self)))
+            if numbers.step == 1:
+                return list(self._between(numbers.start, numbers.stop))
+            return [self[number] for number in numbers]
         number = int(place)
         if not -len(self) <= number < len(self):
             raise IndexError(f"{number} of {len(self)} entries")
@@ -67,13 +73,26 @@ class EntryTable(Sequence[Entry]):
         return _entry({name: column[number].as_py() for name, column in self._columns.items()})
 
     def __iter__(self) -> Iterator[Entry]:
-        for begin in range(0, len(self), AT_ONCE):
+        return self._between(0, len(self))
+
+    def _between(self, first: int, end: int) -> Iterator[Entry]:
+        for begin in range(first, end, AT_ONCE):
             parts = {
-                name: column[begin : begin + AT_ONCE].to_pylist()
+                name: column[begin : min(end, begin + AT_ONCE)].to_pylist()
                 for name, column in self._columns.items()
             }
             for row in zip(*parts.values(), strict=True):
                 yield _entry(dict(zip(parts, row, strict=True)))
+
+    def take(self, positions: NDArray[np.int64]) -> EntryTable:
+        """Return the entries at some positions."""
+        pa = arrow()
+        return EntryTable(pa.table(self._columns).take(pa.array(positions)))
+
+    @property
+    def columns(self) -> dict[str, pyarrow.Array]:
+        """The columns, as `encode` makes them."""
+        return dict(self._columns)
 
     def value(self, name: str, place: int) -> Any:
         """Return one field of one entry; see `listing.value_at`."""
@@ -121,6 +140,8 @@ def encode(entries: Sequence[Entry]) -> dict[str, pyarrow.Array]:
     Raises:
         NotStorable: if a blob is of a kind that is not known here.
     """
+    if isinstance(entries, EntryTable):
+        return entries.columns
     pa = arrow()
     columns = {
         "name": pa.array([entry.name for entry in entries], pa.large_string()),

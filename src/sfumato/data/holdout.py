@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data.listing import Entry, Reject, Source
+from sfumato.data.listing import Entry, Reject, Source, value_at, values
 from sfumato.errors import DataError
 
 MIN_HOLDOUT_IMAGES = 25  # held out, if they are at most a quarter of the set
@@ -43,7 +43,7 @@ def merge_groups(entries: Sequence[Entry], ids: Sequence[str], alike: NDArray[np
     images becomes a separate group, together with its exact copies. If `Entry.group` would join all
     images into one group, it is ignored.
     """
-    stack_names = [entry.group for entry in entries]
+    stack_names = values(entries, "group")
     names = {
         name: number for number, name in enumerate(dict.fromkeys(stack_names)) if name is not None
     }
@@ -71,14 +71,15 @@ def _split_large(
     large = sizes > max(LARGE_SHARE * len(groups), NEVER_LARGE)
     if not large.any():
         return groups, ()
-    firsts: dict[str, int] = {}
-    same = np.array([firsts.setdefault(id_, number) for number, id_ in enumerate(ids)], np.int64)
+    from sfumato.data.duplicates import firsts_of_equals
+
+    same = firsts_of_equals(ids)
     # nothing but exact copies, which stay together
     if len(np.unique(same[large])) == len(np.unique(groups[large])):
         return groups, ()
     result = np.where(large, len(ids) + same, groups)
     largest = np.flatnonzero(groups == groups[sizes.argmax()])
-    names = ", ".join(entries[number].name for number in largest[:NAMED])
+    names = ", ".join(value_at(entries, "name", number) for number in largest[:NAMED])
     remark = (
         f"{int(large.sum())} images are alike, such as frames of one video (the largest group has "
         f"{len(largest)} of {len(ids)}: {names}, ...): they are split over training and hold-out "
@@ -141,18 +142,19 @@ def assign_splits(
         DataError: if the source holds out all images.
     """
     named = {
-        id_: f":{entry.holdout}"
-        for entry, id_ in zip(entries, ids, strict=True)
-        if entry.holdout is not None
+        id_: f":{name}"
+        for name, id_ in zip(values(entries, "holdout"), ids, strict=True)
+        if name is not None
     }
     least: dict[int, str] = {}
     sizes: Counter[int] = Counter()
     kinds: dict[int, set[str | None]] = {}
-    for entry, id_, group in zip(entries, ids, groups.tolist(), strict=True):
+    categories = values(entries, "category")
+    for category, id_, group in zip(categories, ids, groups.tolist(), strict=True):
         if id_ not in named:
             least[group] = min(id_, least.get(group, id_))
             sizes[group] += 1
-            kinds.setdefault(group, set()).add(entry.category)
+            kinds.setdefault(group, set()).add(category)
     keys = {group: _key(id_) for group, id_ in least.items()}
     if not keys:
         raise DataError(
@@ -228,7 +230,7 @@ def take_half(
     surplus: Counter[str | None] = Counter()  # images of the first half less those of the second
     first: list[int] = []
     for group in sorted(members, key=lambda group: (-len(members[group]), keys[group])):
-        kinds = Counter(entries[position].category for position in members[group])
+        kinds = Counter(value_at(entries, "category", position) for position in members[group])
         lead = sum(count * surplus[kind] for kind, count in kinds.items()) or surplus.total()
         if lead <= 0:
             first += members[group]

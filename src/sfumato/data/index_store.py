@@ -24,7 +24,7 @@ from sfumato.data import files, source_state
 from sfumato.data.array_cache import ArrayCache, RowReader
 from sfumato.data.arrow import arrow, open_table, write_table
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
-from sfumato.data.listing import Entry, Listing, Reject, Source, SourceState
+from sfumato.data.listing import Entry, Listing, Reject, Source, SourceState, value_at
 from sfumato.data.source_state import state_of
 from sfumato.storage.atomic import atomic_folder, sweep
 
@@ -216,6 +216,21 @@ class HexIds(Sequence[str]):
     def __init__(self, hashes: NDArray[np.uint8]) -> None:
         self._hashes = hashes
 
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> HexIds:
+        """Return hashes from hexadecimal texts."""
+        return cls(np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(-1, 16))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as of a list
+
+    @property
+    def bytes(self) -> NDArray[np.uint8]:
+        """The hashes, (n, 16)."""
+        return self._hashes
+
     def __len__(self) -> int:
         return len(self._hashes)
 
@@ -240,6 +255,11 @@ class NamesAt(Sequence[str]):
     def __init__(self, entries: Sequence[Entry], positions: NDArray[np.int64]) -> None:
         self._entries, self._positions = entries, positions
 
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Where they are."""
+        return self._positions
+
     def __len__(self) -> int:
         return len(self._positions)
 
@@ -254,19 +274,14 @@ class NamesAt(Sequence[str]):
     def __getitem__(self, place: slice) -> list[str]: ...
     def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
-            return [self._entries[i].name for i in self._positions[place]]
-        return self._entries[int(self._positions[place])].name
+            return [value_at(self._entries, "name", i) for i in self._positions[place]]
+        name: str = value_at(self._entries, "name", int(self._positions[place]))
+        return name
 
 
-def hashes(texts: Sequence[str]) -> pyarrow.Array:
-    """Return a column of hashes of 16 bytes, (n, 16), from hexadecimal texts.
-
-    Raises:
-        NotStorable: if they are of another length.
-    """
-    if any(len(text) != 32 for text in texts):
-        raise NotStorable("a hash of another length")
-    flat = np.frombuffer(bytes.fromhex("".join(texts)), np.uint8)
+def hashes(array: NDArray[Any]) -> pyarrow.Array:
+    """Return a column of hashes of 16 bytes, (n, 16)."""
+    flat = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
     return arrow().FixedSizeListArray.from_arrays(flat, 16)
 
 
@@ -296,12 +311,12 @@ class KeyStore:
         name = hashlib.sha256(f"{FORMAT} {path}".encode(errors="surrogatepass")).hexdigest()[:32]
         self._folder = files.cache_folder() / "keys" / name
 
-    def save(self, keys: Sequence[str], identities: Sequence[int]) -> None:
+    def save(self, keys: NDArray[np.bytes_], identities: NDArray[np.int64]) -> None:
         """Keep the keys of some images; if that fails, only time is lost."""
-        if keys:
+        if len(keys):
             pa = arrow()
-            with contextlib.suppress(NotStorable, OSError):
-                columns = {"key": hashes(keys), "identity": pa.array(identities, pa.int64())}
+            with contextlib.suppress(OSError):
+                columns = {"key": hashes(keys), "identity": pa.array(identities)}
                 table = pa.table(columns).replace_schema_metadata({FACTS: "{}"})
                 write_folder(self._folder / uuid.uuid4().hex, table)
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,27 @@ from sfumato.data.decoding import PixelFormat, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters
 from sfumato.data.frames import expand_frames, unused_frames
 from sfumato.data.holdout import merge_groups, place_of, too_few_images
-from sfumato.data.index_store import KnownKeys, listed
+from sfumato.data.index_store import HexIds, KnownKeys, NamesAt, listed
 from sfumato.data.ledger import Ledger
-from sfumato.data.listing import Entry, Listing, Reject, values
+from sfumato.data.listing import Entry, Listing, Reject, select, value_at, values
 from sfumato.data.missing_labels import fill_missing
+from sfumato.data.parallel import Tally, forked_map, uses_processes
 from sfumato.data.pixel_store import (
     CACHE_SHARE_OF_DISK,
     DECODER,
     PixelStore,
+    ReadPart,
     pixel_store,
-    read_images,
+    read_part,
 )
 from sfumato.data.resizing import resizing
 from sfumato.data.source_state import state_of
 from sfumato.data.stored_index import StoredIndex
 from sfumato.data.value_range import ChosenScale, choose_scale
 from sfumato.errors import DataError
+
+# images of a part that one process reads: many parts for each process, so that all end together
+MIN_PART, MAX_PART, PARTS_EACH = 256, 8192, 8
 
 
 def index(
@@ -62,20 +68,13 @@ def index(
         step(len(dataset.entries), len(dataset.entries))
         return dataset
     found = work.listed()
-    store, read = found.store(kept.known_keys()), _ReadImages()
-    try:
-        with quiet(), store:
-            for number, (entry, fact) in enumerate(read_images(found.entries, store)):
-                read.add(entry, fact)
-                step(number + 1, len(found.entries))
-    except BaseException:  # what was read so far need not be read again
-        kept.save_keys(store.keys, store.identities)
-        raise
-    if not read.good:
-        rejects = [*found.listing.rejects, *found.unused, *read.unused]
+    store = found.store(kept.known_keys())
+    part = work.read(found.entries, store, step)
+    if not len(part.good):
+        rejects = [*found.listing.rejects, *found.unused, *_rejects(found.entries, part)]
         raise too_few_images(0, found.listing.entries, rejects, where=place_of(config.source))
-    dataset = _dataset(config, frozenset(annotations), found, read, store)
-    kept.save(dataset, store.keys, store.identities, failed=store.failed)
+    dataset = _dataset(config, frozenset(annotations), found, part, store)
+    kept.save(dataset, part)
     # from here on in columns, which take little memory
     return kept.load(is_new=True) or dataset
 
@@ -108,23 +107,16 @@ def prepare_part(
     found = work.listed()
     begin, end = (len(found.entries) * each // count for each in (number - 1, number))
     store = found.store(work.kept.known_keys())
-    if store.cache is None:
+    if not store.is_on_disk:
         raise DataError(
             "decoded images are not kept, so that nothing can be prepared",
             where="data.cache",
             hint="set data.cache=auto, and free space: the cache takes at most "
             f"{CACHE_SHARE_OF_DISK:.0%} of what is free",
         )
-    bad = 0
-    try:
-        with quiet(), store:
-            for done, (_, fact) in enumerate(read_images(found.entries[begin:end], store)):
-                bad += "reject" in fact
-                if on_progress is not None:
-                    on_progress(done + 1, end - begin)
-    finally:
-        work.kept.save_keys(store.keys, store.identities)
-    return end - begin, bad
+    part = work.read(found.entries[begin:end], store, on_progress or (lambda done, total: None))
+    work.kept.save_keys(part)
+    return end - begin, len(part.rejects)
 
 
 class _Work:
@@ -146,12 +138,70 @@ class _Work:
         listing = self._listing or listed(config.source, trusts=self._trusts)
         listing = fill_missing(listing, caption=config.caption, category=config.category)
         listing = expand_frames(listing, config.frames)
-        names = values(listing.entries, "name")
-        entries = [entry for entry in listing.entries if entry.name not in self._excluded]
-        unused = [
-            Reject(name, f"listed in {config.exclude}") for name in names if name in self._excluded
-        ]
+        if not self._excluded:
+            entries, unused = listing.entries, []
+        else:
+            names = values(listing.entries, "name")
+            is_used = np.array([name not in self._excluded for name in names], bool)
+            entries = select(listing.entries, np.flatnonzero(is_used))
+            unused = [
+                Reject(names[place], f"listed in {config.exclude}")
+                for place in np.flatnonzero(~is_used).tolist()
+            ]
         return _Listed(config, listing, entries, unused, choose_scale(config.range, entries))
+
+    def read(
+        self, entries: Sequence[Entry], store: PixelStore, step: Callable[[int, int], None]
+    ) -> ReadPart:
+        """Read images, and store what is decoded; what was read before an interruption is known to
+        the next start.
+        """
+        read = ReadPart.empty(len(entries))
+        try:
+            with quiet():
+                _read(entries, store, read, step)
+        except BaseException:
+            self.kept.save_keys(read)
+            raise
+        return read
+
+
+def _read(
+    entries: Sequence[Entry], store: PixelStore, read: ReadPart, step: Callable[[int, int], None]
+) -> None:
+    """Read images into `read`: in parts by processes that add to the store where it is on disk and the
+    images are many.
+    """
+    count = len(entries)
+    if not store.is_on_disk or not uses_processes(count):
+
+        def goes_on() -> bool:
+            step(read.count, count)
+            return True
+
+        blobs = [entry.image for entry in entries]
+        read_part(blobs, store, read, goes_on=goes_on, map_=forked_map)
+        return
+    tally = Tally()
+
+    def work(begin: int) -> ReadPart:
+        blobs = [entry.image for entry in entries[begin : begin + size]]
+        return read_part(blobs, store, ReadPart.empty(len(blobs)), goes_on=tally.add)
+
+    def tell() -> None:
+        step(min(tally.count, count), count)
+
+    size = max(MIN_PART, min(MAX_PART, -(-count // (PARTS_EACH * (cpu_count() or 1)))))
+    begins = range(0, count, size)
+    try:
+        for begin, part in zip(
+            begins, forked_map(work, begins, chunk=1, images=size, on_wait=tell), strict=True
+        ):
+            read.insert(begin, part)
+    finally:
+        tally.stop()
+    store.refresh()
+    step(count, count)
 
 
 @dataclass(frozen=True)
@@ -160,7 +210,7 @@ class _Listed:
 
     config: DataConfig
     listing: Listing
-    entries: list[Entry]
+    entries: Sequence[Entry]
     unused: list[Reject]
     scale: ChosenScale
 
@@ -170,83 +220,108 @@ class _Listed:
         return pixel_store(self.config, form, len(self.entries), known)
 
 
-@dataclass
-class _ReadImages:
-    """The images that were read, with the facts about each; and those that cannot be used."""
+def _rejects(entries: Sequence[Entry], part: ReadPart) -> list[Reject]:
+    return [
+        Reject(value_at(entries, "name", place), reason)
+        for place, reason in sorted(part.rejects.items())
+    ]
 
-    good: list[Entry] = field(default_factory=list)
-    facts: list[dict[str, Any]] = field(default_factory=list)
-    unused: list[Reject] = field(default_factory=list)
 
-    def add(self, entry: Entry, fact: dict[str, Any]) -> None:
-        if "reject" in fact:
-            self.unused.append(Reject(entry.name, fact["reject"]))
-        else:
-            self.good.append(entry)
-            self.facts.append(fact)
+@dataclass(frozen=True)
+class _Facts:
+    """What decoding found, a row an image: hashes of the contents, indices of shapes, sizes (width,
+    height), numbers of frames; and the positions of the images with a note, by note.
+    """
 
-    def notes(self) -> dict[str, Sequence[str]]:
-        """Return what had to be converted, by kind."""
-        notes: dict[str, list[str]] = {}
-        for entry, fact in zip(self.good, self.facts, strict=True):
+    ids: HexIds
+    shapes: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    frames: NDArray[np.int64]
+    notes: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, facts: Sequence[Mapping[str, Any]]) -> _Facts:
+        notes: dict[str, list[int]] = {}
+        for place, fact in enumerate(facts):
             for note in fact["notes"]:
-                notes.setdefault(note, []).append(entry.name)
-        return dict(notes)
+                notes.setdefault(note, []).append(place)
+        return cls(
+            ids=HexIds.of([str(fact["id"]) for fact in facts]),
+            shapes=np.array([fact["shape"] for fact in facts], np.int64),
+            sizes=np.array([fact["size"] for fact in facts], np.int64).reshape(-1, 2),
+            frames=np.array([fact.get("frames", 1) for fact in facts], np.int64),
+            notes=notes,
+        )
+
+    def resizing_and_losses(
+        self, form: PixelFormat
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Return how each image was resized, (n, 4), and the share of its area that was cropped, (n,).
+
+        Sizes are few, where images are many.
+        """
+        pairs = np.column_stack([self.sizes, self.shapes])
+        kinds, places = np.unique(pairs, axis=0, return_inverse=True)
+        sizes = [((width, height), form.shapes[shape]) for width, height, shape in kinds.tolist()]
+        resized = np.array([resizing(*each) for each in sizes], np.float32).reshape(-1, 4)
+        losses = np.array([_crop_loss(*each) for each in sizes])
+        places = places.reshape(-1)
+        return resized[places], losses[places]
 
 
 def _dataset(
     config: DataConfig,
     annotations: frozenset[str],
     found: _Listed,
-    read: _ReadImages,
+    part: ReadPart,
     store: PixelStore,
 ) -> Dataset:
     """Make a dataset of the images that were read."""
-    good, facts, form = read.good, read.facts, store.form
-    unused = [*found.unused, *read.unused]
-    read_rows, read_thumbnails = store.finish()
-    ids = [str(fact["id"]) for fact in facts]
-    merged = merge_groups(good, ids, _clusters(config, form, ids, read_thumbnails))
+    good, form = select(found.entries, part.good), store.form
+    unused = [*found.unused, *_rejects(found.entries, part)]
+    facts = _Facts.of(store.facts(part.keys[part.good]))
+    read_rows, read_thumbnails = store.readers(part.keys[part.good])
+    merged = merge_groups(good, facts.ids, _clusters(config, form, facts.ids, read_thumbnails))
     labels, categories = _categories(config, values(good, "category"))
-    notes = read.notes()
+    notes: dict[str, Sequence[str]] = {
+        note: NamesAt(good, np.array(places)) for note, places in facts.notes.items()
+    }
     _require_one_kind_of_alpha(notes, len(good))
-    shapes = np.array([fact["shape"] for fact in facts], np.int64)
+    resized, losses = facts.resizing_and_losses(form)
     annotation_data = Annotations(
         entries=good,
         form=form,
-        shapes=shapes,
+        shapes=facts.shapes,
         names=annotations,
-        resizing=np.array(
-            [resizing(fact["size"], form.shapes[fact["shape"]]) for fact in facts], np.float32
-        ).reshape(-1, 4),
+        resizing=resized,
         loss_mask=config.loss_mask,
     )
     with quiet():
-        unreadable: dict[str, list[str]] = {}
-        for name, reject in annotation_data.find_unreadable():
-            unreadable.setdefault(f"{name}_unreadable", []).append(reject.name)
+        unreadable: dict[str, list[int]] = {}
+        for name, place in annotation_data.find_unreadable():
+            unreadable.setdefault(f"{name}_unreadable", []).append(place)
         mask_lines = annotation_data.loss_mask_lines()
-    losses = [_crop_loss(fact["size"], form.shapes[fact["shape"]]) for fact in facts]
+    notes |= {note: NamesAt(good, np.array(places)) for note, places in unreadable.items()}
     dataset = Dataset(
         config=config,
         entries=good,
-        ids=ids,
+        ids=facts.ids,
         labels=labels,
         categories=categories,
-        shapes=shapes,
+        shapes=facts.shapes,
         annotations=annotation_data,
         read_rows=read_rows,
         read_thumbnails=read_thumbnails if isinstance(read_thumbnails, RowReader) else None,
         clusters=merged.groups,
         rejects=[*found.listing.rejects, *unused],
         ledger=Ledger.of(found.listing, unused),
-        notes={**notes, **unreadable},
-        crop_loss=float(np.mean(losses)),
+        notes=notes,
+        crop_loss=float(losses.mean()),
         scale=found.scale.scale,
         remarks=(
             *found.scale.lines,
             *merged.remarks,
-            *unused_frames([int(fact.get("frames", 1)) for fact in facts]),
+            *unused_frames(facts.frames.tolist()),
             *mask_lines,
         ),
     )

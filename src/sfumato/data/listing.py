@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sfumato.config import Extensible
 from sfumato.data import files
 from sfumato.data.split_names import HELD_OUT, split_of
@@ -210,6 +213,17 @@ def values(entries: Sequence[Entry], name: str) -> Sequence[Any]:
         [getattr(entry, name) for entry in entries] if column is None else column(name)
     )
     return found
+
+
+def select(entries: Sequence[Entry], positions: NDArray[np.int64]) -> Sequence[Entry]:
+    """Return the entries at some positions, in their order."""
+    if len(positions) == len(entries):
+        return entries
+    take = getattr(entries, "take", None)
+    if take is None:
+        return [entries[position] for position in positions.tolist()]
+    taken: Sequence[Entry] = take(positions)
+    return taken
 
 
 def value_at(entries: Sequence[Entry], name: str, position: int) -> Any:

@@ -50,8 +50,42 @@ def ordered_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[
             stopped.set()
 
 
+class Tally:
+    """A number that processes count up together, and a request to all of them to stop."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        self._count, self._stops = context.Value("q", 0), context.RawValue("b", 0)
+
+    def add(self) -> bool:
+        """Count one more; return whether to go on."""
+        with self._count.get_lock():
+            self._count.value += 1
+        return not self._stops.value
+
+    @property
+    def count(self) -> int:
+        """What was counted so far."""
+        return int(self._count.value)
+
+    def stop(self) -> None:
+        """Ask all processes to stop."""
+        self._stops.value = 1
+
+
+def uses_processes(count: int) -> bool:
+    """Return whether processes work on `count` images: they pay where there are many."""
+    several = (cpu_count() or 1) > 1 and count >= MIN_FORKED
+    return several and sys.platform == "linux" and _is_main_thread()
+
+
 def forked_map(
-    function: Callable[[In], Out], items: Sequence[In], *, chunk: int = CHUNK, images: int = 1
+    function: Callable[[In], Out],
+    items: Sequence[In],
+    *,
+    chunk: int = CHUNK,
+    images: int = 1,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[Out]:
     """Yield function(item) for each item, in order, as `ordered_map` does, computed by processes where
     there are many items: the interpreter's lock lets threads read small images no faster than one.
@@ -62,18 +96,19 @@ def forked_map(
     Args:
         chunk: items that a process is given at once.
         images: about how many images an item is.
+        on_wait: is called twice a second where processes are waited for.
     Raises:
         Interrupted: as `ordered_map`.
         DataError: if processes die again and again, as they do for want of memory.
     """
-    if images * len(items) < MIN_FORKED or (cpu_count() or 1) < 2 or not _can_fork():
+    if not uses_processes(images * len(items)):
         yield from ordered_map(function, items)
         return
     parts = list(_chunks(items, chunk))
     done = broken = 0
     while done < len(parts):
         try:
-            for result in _by_processes(function, parts[done:]):
+            for result in _by_processes(function, parts[done:], on_wait):
                 yield from result
                 done, broken = done + 1, 0
         except BrokenProcessPool:
@@ -87,7 +122,7 @@ def forked_map(
 
 
 def _by_processes(
-    function: Callable[[In], Out], parts: Sequence[Sequence[In]]
+    function: Callable[[In], Out], parts: Sequence[Sequence[In]], on_wait: Callable[[], None]
 ) -> Iterator[list[Out]]:
     global _forked
     _forked = function
@@ -95,7 +130,7 @@ def _by_processes(
         cpu_count(), multiprocessing.get_context("fork"), initializer=die_with_parent
     )
     try:
-        yield from _in_order(pool, _in_process, iter(parts))
+        yield from _in_order(pool, _in_process, iter(parts), on_wait)
     finally:
         pool.shutdown(cancel_futures=True)
         _forked = None
@@ -112,8 +147,8 @@ def _in_process(part: Sequence[Any]) -> list[Any]:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def _can_fork() -> bool:
-    return sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _chunks(items: Sequence[In], size: int = CHUNK) -> Iterator[Sequence[In]]:
@@ -121,7 +156,10 @@ def _chunks(items: Sequence[In], size: int = CHUNK) -> Iterator[Sequence[In]]:
 
 
 def _in_order(
-    pool: Executor, work: Callable[[Sequence[In]], list[Out]], parts: Iterator[Sequence[In]]
+    pool: Executor,
+    work: Callable[[Sequence[In]], list[Out]],
+    parts: Iterator[Sequence[In]],
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Out]]:
     """Yield the result of each part, in order."""
     waiting: deque[Future[list[Out]]] = deque()
@@ -129,15 +167,15 @@ def _in_order(
         for part in parts:
             waiting.append(pool.submit(work, part))
             if len(waiting) >= AHEAD:
-                yield _result(waiting.popleft())
+                yield _result(waiting.popleft(), on_wait)
         while waiting:
-            yield _result(waiting.popleft())
+            yield _result(waiting.popleft(), on_wait)
     finally:
         for future in waiting:
             future.cancel()
 
 
-def _result(future: Future[list[Out]]) -> list[Out]:
+def _result(future: Future[list[Out]], on_wait: Callable[[], None]) -> list[Out]:
     """Wait for a result, and for signals."""
     while True:
         try:
@@ -146,3 +184,4 @@ def _result(future: Future[list[Out]]) -> list[Out]:
             if future.done():  # meanwhile, or the error is the function's own
                 return future.result()
             raise_if_requested()
+            on_wait()

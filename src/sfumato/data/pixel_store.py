@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,23 +20,15 @@ from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, d
 from sfumato.data.duplicates import thumbnail
 from sfumato.data.files import cache_folder, may_pass
 from sfumato.data.index_store import KnownKeys
-from sfumato.data.listing import Blob, Entry
-from sfumato.data.parallel import forked_map
+from sfumato.data.listing import Blob
+from sfumato.data.segment_records import KEY
 from sfumato.data.source_state import Identities
 
 DECODER = 2  # raised when the same bytes come to give other pixels
 CACHE_SHARE_OF_DISK = 0.25
 COMMIT_EVERY = 20_000
 Rows = Callable[[NDArray[np.int64]], NDArray[Any]]  # arrays (n, ...) at positions
-
-
-def read_images(
-    entries: Sequence[Entry], store: PixelStore
-) -> Iterator[tuple[Entry, dict[str, Any]]]:
-    """Yield each entry with the facts about its image, in order."""
-    images = forked_map(partial(_read_image, store=store), [entry.image for entry in entries])
-    for entry, image in zip(entries, images, strict=True):
-        yield entry, store.add(image)
+Add = Callable[[str, Mapping[str, Any], Mapping[str, NDArray[Any]]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +49,14 @@ class _ReadImage:
 def _read_image(blob: Blob, store: PixelStore) -> _ReadImage:
     identity = store.identities_of.of(blob)
     known = store.known.of(identity)
-    if known is not None and store.is_cached(known):
+    if known is not None and store.holds(known):
         return _ReadImage(known, identity)
     try:
         data = blob.read()
     except (RejectedImage, OSError) as error:
         return _ReadImage("", reject=str(error), failed=may_pass(error))
     key = hashlib.sha256(data).hexdigest()[:32]
-    if store.is_cached(key):
+    if store.holds(key):
         return _ReadImage(key, identity)
     try:
         decoded = decode(data, store.form, identify=True)
@@ -71,92 +65,225 @@ def _read_image(blob: Blob, store: PixelStore) -> _ReadImage:
     return _ReadImage(key, identity, decoded, thumbnail(decoded.pixels))
 
 
-class PixelStore:
+@dataclass
+class ReadPart:
+    """What was read of some images, in their order.
+
+    Attributes:
+        keys: hashes of their bytes, (n,).
+        identities: see `Identities`; 0 where the file system says too little, (n,).
+        rejects: why one cannot be used, by its position.
+        failed: whether one could not be read for a reason that may pass.
+        count: how many were read; the others follow them.
+    """
+
+    keys: NDArray[np.bytes_]
+    identities: NDArray[np.int64]
+    rejects: dict[int, str] = field(default_factory=dict)
+    failed: bool = False
+    count: int = 0
+
+    @classmethod
+    def empty(cls, count: int) -> ReadPart:
+        """Return one of `count` images that are still to be read."""
+        return cls(np.zeros(count, KEY), np.zeros(count, np.int64))
+
+    def add(self, image: _ReadImage) -> None:
+        """Take the next image."""
+        if image.reject is not None:
+            self.rejects[self.count] = image.reject
+            self.failed |= image.failed
+        else:
+            self.keys[self.count] = bytes.fromhex(image.key)
+            self.identities[self.count] = image.identity or 0
+        self.count += 1
+
+    def insert(self, begin: int, part: ReadPart) -> None:
+        """Take a part, whose first image is number `begin`."""
+        span = slice(begin, begin + part.count)
+        self.keys[span], self.identities[span] = (
+            part.keys[: part.count],
+            part.identities[: part.count],
+        )
+        self.rejects |= {begin + place: reason for place, reason in part.rejects.items()}
+        self.failed |= part.failed
+        self.count += part.count
+
+    @property
+    def good(self) -> NDArray[np.int64]:
+        """The positions of the images that can be used."""
+        is_good = np.ones(len(self.keys), bool)
+        is_good[list(self.rejects)] = False
+        return np.flatnonzero(is_good)
+
+    def known(self) -> tuple[NDArray[np.bytes_], NDArray[np.int64]]:
+        """Return the keys and identities of the images that need not be read again."""
+        known = self.identities != 0
+        return self.keys[known], self.identities[known]
+
+
+def read_part(
+    blobs: Sequence[Blob],
+    store: PixelStore,
+    part: ReadPart,
+    *,
+    goes_on: Callable[[], bool],
+    map_: Callable[[Callable[[Blob], _ReadImage], Sequence[Blob]], Iterator[_ReadImage]] = map,
+) -> ReadPart:
+    """Read images, and store what is decoded, also when the rest is interrupted.
+
+    Args:
+        part: takes what is read.
+        goes_on: is called after each image; where it returns False, the others are left.
+        map_: reads them, in order.
+    """
+    with store.adding() as add:
+        for image in map_(partial(_read_image, store=store), blobs):
+            part.add(image)
+            if image.decoded is not None and image.thumbnail is not None:
+                arrays = {"pixels": image.decoded.pixels, "thumbnail": image.thumbnail}
+                add(image.key, _facts(image.decoded), arrays)
+            if not goes_on():
+                break
+    return part
+
+
+def _facts(decoded: Decoded) -> dict[str, Any]:
+    facts = {
+        "id": decoded.id,
+        "shape": decoded.shape,
+        "size": list(decoded.size),
+        "notes": list(decoded.notes),
+    }
+    return facts | ({"frames": decoded.frames} if decoded.frames > 1 else {})
+
+
+class PixelStore(ABC):
     """The destination of decoded pixels while a source is indexed: cache, memory, or nowhere.
 
     Attributes:
+        form: the format of the pixels.
         known: the keys of images that need not be read again.
-        keys, identities: of the images that were added.
-        failed: whether any could not be read for a reason that may pass.
+        keeps_pixels: whether pixels are kept, on disk or in memory.
+        is_on_disk: whether other processes can add to it.
     """
 
-    def __init__(
-        self, form: PixelFormat, cache: ArrayCache | None, known: KnownKeys, *, in_memory: bool
-    ) -> None:
-        self.form, self.cache, self.known = form, cache, known
+    keeps_pixels: bool
+    is_on_disk: bool
+
+    def __init__(self, form: PixelFormat, known: KnownKeys) -> None:
+        self.form, self.known = form, known
         self.identities_of = Identities()
-        self._writer = None if cache is None else Writer(cache)
-        self.keys: list[str] = []
-        self.identities: list[int] = []
-        self.failed = False
-        self._pixels: list[Pixels] | None = [] if cache is None and in_memory else None
-        self._thumbnails: list[NDArray[Any]] = []
 
-    @property
-    def keeps_pixels(self) -> bool:
-        """Whether pixels are kept, on disk or in memory."""
-        return self.cache is not None or self._pixels is not None
+    @abstractmethod
+    def holds(self, key: str) -> bool:
+        """Return whether the image whose bytes have the hash `key` need not be decoded again."""
 
-    def __enter__(self) -> None:
-        """Enter the context."""
+    @abstractmethod
+    def adding(self) -> Any:
+        """Return a context that gives what adds an image; in its end all is stored."""
 
-    def __exit__(self, *error: object) -> None:
-        """Commit what is decoded, also when the rest is interrupted."""
-        if self._writer is not None:
-            self._writer.commit()
+    @abstractmethod
+    def refresh(self) -> None:
+        """Find what other processes have added."""
 
-    def is_cached(self, key: str) -> bool:
-        """Return whether the cache holds the image whose bytes have the hash `key`."""
-        return self.cache is not None and key in self.cache.records
+    @abstractmethod
+    def facts(self, keys: NDArray[np.bytes_]) -> list[dict[str, Any]]:
+        """Return the facts about images."""
 
-    def add(self, image: _ReadImage) -> dict[str, Any]:
-        """Store one image; return its facts, or {"reject": reason}."""
-        if image.reject is not None:
-            self.failed |= image.failed
-            return {"reject": image.reject}
-        self.keys.append(image.key)
-        self.identities.append(image.identity or 0)
-        if image.decoded is None:
-            assert self.cache is not None
-            return dict(self.cache.records[image.key].facts)
-        decoded, small = image.decoded, image.thumbnail
-        assert small is not None
-        facts = {
-            "id": decoded.id,
-            "shape": decoded.shape,
-            "size": list(decoded.size),
-            "notes": list(decoded.notes),
-        }
-        if decoded.frames > 1:
-            facts["frames"] = decoded.frames
-        if self._writer is not None and self.cache is not None:
-            self._writer.add(image.key, facts, {"pixels": decoded.pixels, "thumbnail": small})
-            # what is decoded stays, if the rest is interrupted
-            if len(self._writer) >= COMMIT_EVERY:
-                self._writer.commit()
-                self._writer = Writer(self.cache)
-        else:
-            self._thumbnails.append(small)
-            if self._pixels is not None:
-                self._pixels.append(decoded.pixels)
-        return facts
-
-    def finish(
-        self,
-    ) -> tuple[Rows | None, Rows]:
+    @abstractmethod
+    def readers(self, keys: NDArray[np.bytes_]) -> tuple[Rows | None, Rows]:
         """Return two functions of positions, one that gathers pixels and one that reads thumbnails.
 
         The first is None if no pixels were kept; thumbnails are (n, 32, 32, 3).
         """
-        if self.cache is not None:
-            records = [self.cache.records[key] for key in self.keys]
-            thumbnails = RowReader.of(
-                self.cache, [record.arrays["thumbnail"] for record in records]
-            )
-            return RowReader.of(
-                self.cache, [record.arrays["pixels"] for record in records]
-            ), thumbnails
-        return None if self._pixels is None else _InMemory(self._pixels), self._thumbnails_at
+
+
+class CachedPixels(PixelStore):
+    """Pixels in the cache."""
+
+    keeps_pixels = is_on_disk = True
+
+    def __init__(self, form: PixelFormat, known: KnownKeys, cache: ArrayCache) -> None:
+        super().__init__(form, known)
+        self.cache = cache
+
+    def holds(self, key: str) -> bool:
+        """Return whether the cache has the image."""
+        return key in self.cache.records
+
+    @contextmanager
+    def adding(self) -> Iterator[Add]:
+        """Give what adds an image to a segment, which is committed in the end."""
+        writer = Writer(self.cache)
+
+        def add(key: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+            nonlocal writer
+            if key in writer:
+                return
+            writer.add(key, facts, arrays)
+            if len(writer) >= COMMIT_EVERY:  # what is decoded stays, if the rest is interrupted
+                writer.commit()
+                writer = Writer(self.cache)
+
+        try:
+            yield add
+        finally:
+            writer.commit()
+
+    def refresh(self) -> None:
+        """Find what other processes have added."""
+        self.cache.refresh()
+
+    def facts(self, keys: NDArray[np.bytes_]) -> list[dict[str, Any]]:
+        """Return the facts about images."""
+        return self.cache.records.facts(keys)
+
+    def readers(self, keys: NDArray[np.bytes_]) -> tuple[Rows, Rows]:
+        """Return readers of pixels and thumbnails."""
+        pixels, thumbnails = (
+            RowReader.of(self.cache, keys, name) for name in ("pixels", "thumbnail")
+        )
+        return pixels, thumbnails
+
+
+class PixelsInMemory(PixelStore):
+    """Pixels in memory, or nowhere; thumbnails and facts in any case."""
+
+    is_on_disk = False
+
+    def __init__(self, form: PixelFormat, known: KnownKeys, *, keeps_pixels: bool) -> None:
+        super().__init__(form, known)
+        self.keeps_pixels = keeps_pixels
+        self._facts: list[dict[str, Any]] = []
+        self._pixels: list[Pixels] = []
+        self._thumbnails: list[NDArray[Any]] = []
+
+    def holds(self, key: str) -> bool:
+        """Return False: each image is decoded, also where two have the same bytes."""
+        return False
+
+    @contextmanager
+    def adding(self) -> Iterator[Add]:
+        """Give what keeps an image."""
+        yield self._add
+
+    def _add(self, key: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        self._facts.append(dict(facts))
+        self._thumbnails.append(arrays["thumbnail"])
+        if self.keeps_pixels:
+            self._pixels.append(arrays["pixels"])
+
+    def refresh(self) -> None:
+        """Do nothing: no other process adds anything."""
+
+    def facts(self, keys: NDArray[np.bytes_]) -> list[dict[str, Any]]:
+        """Return the facts about all images, in their order."""
+        return self._facts
+
+    def readers(self, keys: NDArray[np.bytes_]) -> tuple[Rows | None, Rows]:
+        """Return readers of all images, in their order."""
+        return _InMemory(self._pixels) if self.keeps_pixels else None, self._thumbnails_at
 
     def _thumbnails_at(self, positions: NDArray[np.int64]) -> NDArray[Any]:
         like = self._thumbnails[0]
@@ -187,7 +314,9 @@ def pixel_store(config: DataConfig, form: PixelFormat, count: int, known: KnownK
     height, width = max(form.shapes, key=lambda shape: shape[0] * shape[1])
     size = form.channels * height * width * form.bits // 8
     cache = _cache(form, count, size) if config.cache == "auto" else None
-    return PixelStore(form, cache, known, in_memory=count * size <= config.memory_gib * 2**30)
+    if cache is not None:
+        return CachedPixels(form, known, cache)
+    return PixelsInMemory(form, known, keeps_pixels=count * size <= config.memory_gib * 2**30)
 
 
 def _cache(form: PixelFormat, count: int, size: int) -> ArrayCache | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ from sfumato.data.index_store import (
     rejects_of,
 )
 from sfumato.data.ledger import Ledger
-from sfumato.data.listing import SourceState, values
+from sfumato.data.listing import SourceState
+from sfumato.data.pixel_store import ReadPart
 
 if TYPE_CHECKING:
     import pyarrow
@@ -87,64 +88,57 @@ class StoredIndex:
         newest = self._place.newest()
         return KnownKeys([*self._keys.load(), *([] if newest is None else [newest])])
 
-    def save_keys(self, keys: Sequence[str], identities: Sequence[int]) -> None:
-        """Keep the keys of some images, so that these need not be read again."""
-        known = [place for place, identity in enumerate(identities) if identity]
+    def save_keys(self, read: ReadPart) -> None:
+        """Keep the keys of the images that were read, so that these need not be read again."""
         if self._state is not None and self._watch.was_slow:
-            self._keys.save([keys[i] for i in known], [identities[i] for i in known])
+            self._keys.save(*read.known())
 
-    def save(
-        self, dataset: Dataset, keys: Sequence[str], identities: Sequence[int], *, failed: bool
-    ) -> None:
+    def save(self, dataset: Dataset, read: ReadPart) -> None:
         """Keep a dataset, if it took long to index and its files were not changed meanwhile.
 
         Args:
-            keys, identities: of its images.
-            failed: whether an image could not be read for a reason that may pass.
+            read: its images, and those that cannot be used.
         """
         state, in_memory = self._state, not isinstance(dataset.read_rows, RowReader | None)
-        if state is None or in_memory or failed or not self._watch.was_slow:
+        if state is None or in_memory or read.failed or not self._watch.was_slow:
             return
         if self._watch.is_lasting(self._config.source, state):
-            self._place.save(
-                state, lambda: (_all_columns(dataset, keys, identities), _facts(dataset))
-            )
+            self._place.save(state, lambda: (_all_columns(dataset, read), _facts(dataset)))
             self._keys.forget()
 
 
-def _all_columns(
-    dataset: Dataset, keys: Sequence[str], identities: Sequence[int]
-) -> dict[str, pyarrow.Array]:
+def _all_columns(dataset: Dataset, read: ReadPart) -> dict[str, pyarrow.Array]:
     return {
         **encode(dataset.entries),
         **_columns(dataset),
-        "key": hashes(keys),
-        "identity": arrow().array(identities, arrow().int64()),
+        "key": hashes(read.keys[read.good]),
+        "identity": arrow().array(read.identities[read.good]),
     }
 
 
 def _columns(dataset: Dataset) -> dict[str, pyarrow.Array]:
     """Return the columns of a dataset besides those of its entries."""
     pa = arrow()
-    places = {name: number for number, name in enumerate(values(dataset.entries, "name"))}
-    if len(dataset.notes) > MAX_NOTES or len(places) < len(dataset.entries):
-        raise NotStorable("too many notes, or one name for two images")
-    bits = np.zeros(len(places), np.int32)
+    count = len(dataset.entries)
+    if len(dataset.notes) > MAX_NOTES:
+        raise NotStorable("too many notes")
+    bits = np.zeros(count, np.int32)
     for number, names in enumerate(dataset.notes.values()):
-        bits[[places[name] for name in names]] |= 1 << number
-    part = np.zeros(len(places), np.int16)  # of the training set, unless it is said
+        assert isinstance(names, NamesAt)
+        bits[names.positions] |= 1 << number
+    part = np.zeros(count, np.int16)  # of the training set, unless it is said
     for number, positions in enumerate(
         (dataset.holdout, *dataset.named_holdouts.values()), start=1
     ):
         part[positions] = number
     columns = {
-        "id": hashes(list(dataset.ids)),
+        "id": hashes(HexIds.of(dataset.ids).bytes),
         "label": pa.array(dataset.labels.numpy().astype(np.int32)),
         "shape": pa.array(dataset.shapes.astype(np.int16)),
         "cluster": pa.array(dataset.clusters.astype(np.int64)),
         "notes": pa.array(bits),
         "part": pa.array(part),
-        "trained": pa.array(np.isin(np.arange(len(places)), dataset.training).astype(np.int8)),
+        "trained": pa.array(np.isin(np.arange(count), dataset.training).astype(np.int8)),
         "resizing": pa.FixedSizeListArray.from_arrays(dataset.annotations.resizing.reshape(-1), 4),
     }
     for name, its_reader in _readers(dataset).items():

@@ -62,7 +62,7 @@ class EmbeddingStore:
 
     def refresh(self) -> None:
         """Find what other processes have committed."""
-        self.__dict__.pop("_cache", None)
+        self._cache.refresh()
 
     def commit(self) -> None:
         """Write the new embeddings to disk; if that fails, only time is lost.

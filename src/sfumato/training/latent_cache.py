@@ -16,6 +16,7 @@ from sfumato.data.array_cache import ArrayCache, RowReader, Writer
 from sfumato.data.augment import augment
 from sfumato.data.loader import variant_draws
 from sfumato.data.pixel_store import DECODER
+from sfumato.data.segment_records import stored_keys
 from sfumato.distributed import current
 from sfumato.errors import DataError
 
@@ -59,16 +60,18 @@ def with_latents(
     chunks = list(_chunks(dataset, count))[world.local_rank :: world.per_machine]
     world.together(lambda: _fill(cache, dataset, autoencoder, chunks, on_progress))
     if world.size > 1:  # what the others have encoded
-        cache = ArrayCache.at(cache.folder)
-    places = [
-        cache.records[_key(dataset, position, variant)].arrays["moments"]
-        for position in dataset.training
-        for variant in range(count)
-    ]
+        cache.refresh()
+    keys = stored_keys(
+        [
+            _key(dataset, position, variant)
+            for position in dataset.training
+            for variant in range(count)
+        ]
+    )
     return replace(
         dataset,
         latents=PrecomputedLatents(
-            read_rows=RowReader.of(cache, places),
+            read_rows=RowReader.of(cache, keys, "moments"),
             numbers=dataset.training_numbers,
             variants=count,
             pixels=pixels,
