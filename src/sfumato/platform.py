@@ -16,6 +16,7 @@ import sys
 import threading
 import zlib
 from functools import lru_cache
+from pathlib import Path
 from typing import IO, Any
 
 try:
@@ -62,9 +63,12 @@ def host_id() -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process of this machine exists; True if that cannot be told."""
+    """Return whether a process of this machine runs; True if that cannot be told."""
     if os.name == "nt":
         return True
+    with contextlib.suppress(OSError, IndexError):  # one that has ended, and waits for its parent
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+            return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

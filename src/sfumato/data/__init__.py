@@ -7,7 +7,7 @@ from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset import DataConfig, Dataset, PrecomputedLatents
 from sfumato.data.index_store import listed
-from sfumato.data.indexing import index, is_indexed, prepare_part
+from sfumato.data.indexing import index, is_indexed, prepare_by, prepare_part
 from sfumato.data.listing import Blob, Entry, File, Inline, Listing, Reject, Source
 from sfumato.data.loader import Batch, ShapeGroup, batches, to_float
 from sfumato.data.sources import (
@@ -52,6 +52,7 @@ __all__ = [
     "index",
     "is_indexed",
     "listed",
+    "prepare_by",
     "prepare_part",
     "source_at",
     "to_float",

@@ -5,7 +5,7 @@ where reading is fast.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
@@ -30,6 +30,8 @@ from sfumato.data.parallel import Tally, forked_map, uses_processes
 from sfumato.data.pixel_store import (
     CACHE_SHARE_OF_DISK,
     DECODER,
+    CachedPixels,
+    PartTask,
     PixelStore,
     ReadPart,
     pixel_store,
@@ -43,6 +45,11 @@ from sfumato.errors import DataError
 
 # images of a part that one process reads: many parts for each process, so that all end together
 MIN_PART, MAX_PART, PARTS_EACH = 256, 8192, 8
+MANY_PARTS = 64  # of a cluster, whose number of workers may change
+# returns the number and result of each task, in whatever order
+Executor = Callable[
+    [Callable[[PartTask], ReadPart], Sequence[PartTask]], Iterable[tuple[int, ReadPart]]
+]
 
 
 def index(
@@ -106,17 +113,52 @@ def prepare_part(
     work = _Work(config, (), None)
     found = work.listed()
     begin, end = (len(found.entries) * each // count for each in (number - 1, number))
-    store = found.store(work.kept.known_keys())
-    if not store.is_on_disk:
-        raise DataError(
-            "decoded images are not kept, so that nothing can be prepared",
-            where="data.cache",
-            hint="set data.cache=auto, and free space: the cache takes at most "
-            f"{CACHE_SHARE_OF_DISK:.0%} of what is free",
-        )
+    store = found.store_on_disk(work.kept.known_keys())
     part = work.read(found.entries[begin:end], store, on_progress or (lambda done, total: None))
     work.kept.save_keys(part)
     return end - begin, len(part.rejects)
+
+
+def prepare_by(
+    executor: Executor,
+    config: DataConfig,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[int, int]:
+    """Decode a source into the cache by an executor's workers, which have the source and the cache at the
+    same paths as this process. `index` then reads no image of it.
+
+    Returns:
+        how many images are prepared, and how many of them cannot be used.
+    Raises:
+        DataError: as `prepare_part`; or if the workers have another cache.
+    """
+    work = _Work(config, (), None)
+    found = work.listed()
+    store = found.store_on_disk(KnownKeys())
+    count = len(found.entries)
+    begins = range(0, count, max(MIN_PART, min(MAX_PART, count // MANY_PARTS)))
+    tasks = [
+        PartTask(
+            [entry.image for entry in found.entries[begin : begin + begins.step]],
+            store.form,
+            str(store.cache.folder),
+        )
+        for begin in begins
+    ]
+    read = ReadPart.empty(count)
+    for number, part in executor(PartTask.read, tasks):
+        read.insert(begins[number], part)
+        on_progress(read.count, count)
+    store.refresh()
+    if missing := store.missing(read.keys[read.good]):
+        raise DataError(
+            f"{missing} of {count} images were decoded by workers into a cache that is not here",
+            where=str(store.cache.folder),
+            hint="set SFUMATO_CACHE on all machines to one folder that they share",
+        )
+    work.kept.save_keys(read)
+    return count, len(read.rejects)
 
 
 class _Work:
@@ -218,6 +260,22 @@ class _Listed:
         """Return where its pixels are put."""
         form = self.config.pixel_format(self.scale.scale)
         return pixel_store(self.config, form, len(self.entries), known)
+
+    def store_on_disk(self, known: KnownKeys) -> CachedPixels:
+        """Return the cache.
+
+        Raises:
+            DataError: if the pixels are not kept there.
+        """
+        store = self.store(known)
+        if not isinstance(store, CachedPixels):
+            raise DataError(
+                "decoded images are not kept, so that nothing can be prepared",
+                where="data.cache",
+                hint="set data.cache=auto, and free space: the cache takes at most "
+                f"{CACHE_SHARE_OF_DISK:.0%} of what is free",
+            )
+        return store
 
 
 def _rejects(entries: Sequence[Entry], part: ReadPart) -> list[Reject]:

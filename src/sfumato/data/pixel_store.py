@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from sfumato.data.array_cache import ArrayCache, RowReader, Writer
 from sfumato.data.dataset import DataConfig
-from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode
+from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import thumbnail
 from sfumato.data.files import cache_folder, may_pass
 from sfumato.data.index_store import KnownKeys
@@ -158,6 +159,36 @@ def _facts(decoded: Decoded) -> dict[str, Any]:
     return facts | ({"frames": decoded.frames} if decoded.frames > 1 else {})
 
 
+@dataclass(frozen=True)
+class PartTask:
+    """A part of a source, for a worker anywhere that has the same cache.
+
+    Attributes:
+        blobs: its images.
+        form: the format that they are decoded to.
+        cache: the folder of the decoded images.
+    """
+
+    blobs: Sequence[Blob]
+    form: PixelFormat
+    cache: str
+
+    def read(self) -> ReadPart:
+        """Read the images, and add those to the cache that it lacks."""
+        cache = _cache_at(self.cache)
+        cache.refresh()
+        store = CachedPixels(self.form, KnownKeys(), cache)
+        with quiet():
+            part = ReadPart.empty(len(self.blobs))
+            return read_part(self.blobs, store, part, goes_on=lambda: True)
+
+
+@lru_cache(maxsize=4)
+def _cache_at(folder: str) -> ArrayCache:
+    """Open a cache, once for each process."""
+    return ArrayCache.at(Path(folder))
+
+
 class PixelStore(ABC):
     """The destination of decoded pixels while a source is indexed: cache, memory, or nowhere.
 
@@ -234,6 +265,10 @@ class CachedPixels(PixelStore):
     def refresh(self) -> None:
         """Find what other processes have added."""
         self.cache.refresh()
+
+    def missing(self, keys: NDArray[np.bytes_]) -> int:
+        """Return how many of some images the cache does not have."""
+        return int((self.cache.records.find(keys)[0] < 0).sum())
 
     def facts(self, keys: NDArray[np.bytes_]) -> list[dict[str, Any]]:
         """Return the facts about images."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import ConditioningInfo
-from sfumato.data import Dataset, Listing, index, is_indexed, prepare_part
+from sfumato.data import Dataset, Listing, index, is_indexed, prepare_by, prepare_part
+from sfumato.data.executors import Cluster, run_on_cluster
 from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES, place_of, too_few_images
 from sfumato.data.ledger import describe_note
 from sfumato.distributed import World, current
@@ -163,6 +165,27 @@ def decode_part(
             run.data,
             number,
             count,
+            on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
+        )
+
+
+def decode_on_cluster(
+    run: Run, cluster: Cluster, address: str, *, directory: str | Path | None = None
+) -> tuple[int, int]:
+    """Decode the run's data into the cache by the workers of a cluster, and show progress.
+
+    Args:
+        address: of the cluster; "" starts one on this machine.
+        directory: as of `open_data`.
+    Returns:
+        how many images there are, and how many of them cannot be used.
+    """
+    _require_data(run, directory)
+    executor = partial(run_on_cluster, cluster, address=address)
+    with ProgressBar(f"decoding by {cluster}") as bar:
+        return prepare_by(
+            executor,
+            run.data,
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
         )
 
