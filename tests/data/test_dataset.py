@@ -182,7 +182,7 @@ def test_the_fingerprint_is_stable_and_sees_a_pixel_the_order_the_label_and_the_
     assert len(set(changed.values())) == len(changed)
 
 
-@pytest.mark.parametrize("harm", ["deleted", "emptied", "cut"])
+@pytest.mark.parametrize("harm", ["deleted", "emptied", "cut", "edited"])
 def test_a_image_lost_after_indexing_is_replaced_alike_and_reported(
     tmp_path: Path, harm: str
 ) -> None:
@@ -191,6 +191,10 @@ def test_a_image_lost_after_indexing_is_replaced_alike_and_reported(
     path = tmp_path / dataset.entries[lost].name
     if harm == "deleted":
         path.unlink()
+    elif harm == "edited":  # a readable image of the same size and shape, but another
+        data = bytearray(path.read_bytes())
+        path.write_bytes((tmp_path / dataset.entries[int(dataset.training[7])].name).read_bytes())
+        assert bytes(data) != path.read_bytes()
     else:
         path.write_bytes(path.read_bytes()[:60] if harm == "cut" else b"")
     others = [int(dataset.training[i]) for i in (0, 4, 5)]

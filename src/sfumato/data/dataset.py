@@ -36,6 +36,7 @@ from sfumato.data.frames import Frames
 from sfumato.data.holdout import Half, assign_splits, take_half
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Reject, Source, values
+from sfumato.data.segment_records import key_of
 from sfumato.data.sources import Digits
 from sfumato.errors import ConfigError, DataError
 from sfumato.observability.progress import console
@@ -221,6 +222,8 @@ class Dataset:
         entries, ids: each image and the hash of its content.
         labels: index into `categories`, or -1 where the source has none; shape (N,).
         shapes: index into the format's shapes; shape (N,).
+        keys: hash of each encoded image, (N, 16), by which a change is noticed when it is decoded again;
+            None where it is not known.
         read_rows: pixels (n, C, H, W) at given positions of one shape, from disk or memory; None
             where each is decoded when used.
         read_thumbnails: thumbnails (n, 32, 32, 3) at given positions, from disk; None where they
@@ -251,6 +254,7 @@ class Dataset:
     notes: Mapping[str, Sequence[str]]
     crop_loss: float
     annotations: Annotations
+    keys: NDArray[np.uint8] | None = None
     read_thumbnails: Callable[[NDArray[np.int64]], NDArray[Any]] | None = None
     latents: PrecomputedLatents | None = None
     scale: Scale = Scale()
@@ -422,10 +426,12 @@ class Dataset:
         for candidate in self._substitutes(position):
             entry = self.entries[candidate]
             try:
-                decoded = decode(entry.image.read(), form)
-                if decoded.shape == shape:
-                    return decoded.pixels, bad, candidate
-                bad.append(Reject(entry.name, "has a different shape than when it was indexed"))
+                data = entry.image.read()
+                if self._is_as_indexed(candidate, data):
+                    decoded = decode(data, form)
+                    if decoded.shape == shape:
+                        return decoded.pixels, bad, candidate
+                bad.append(Reject(entry.name, "has changed since it was indexed"))
             except (RejectedImage, OSError) as error:
                 bad.append(Reject(entry.name, str(error)))
         raise DataError(
@@ -433,6 +439,13 @@ class Dataset:
             where=bad[0].name,
             hint="check that the disk is still mounted",
         )
+
+    def _is_as_indexed(self, position: int, data: bytes) -> bool:
+        """Return whether an encoded image has the bytes that were indexed."""
+        if self.keys is None:
+            return True
+        expected: bytes = self.keys[position].tobytes()
+        return expected.hex() == key_of(data)
 
     def _substitutes(self, position: int) -> Iterator[int]:
         """Yield `position`, then the others of its part and shape, those of its category first.

@@ -38,6 +38,7 @@ from sfumato.data.pixel_store import (
     read_part,
 )
 from sfumato.data.resizing import resizing
+from sfumato.data.segment_records import bytes_of
 from sfumato.data.source_state import state_of
 from sfumato.data.stored_index import StoredIndex
 from sfumato.data.value_range import ChosenScale, choose_scale
@@ -368,6 +369,7 @@ def _dataset(
         categories=categories,
         shapes=facts.shapes,
         annotations=annotation_data,
+        keys=bytes_of(part.keys[part.good]),
         read_rows=read_rows,
         read_thumbnails=read_thumbnails if isinstance(read_thumbnails, RowReader) else None,
         clusters=merged.groups,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from sfumato.data.duplicates import thumbnail
 from sfumato.data.files import cache_folder, may_pass
 from sfumato.data.index_store import KnownKeys
 from sfumato.data.listing import Blob
-from sfumato.data.segment_records import KEY
+from sfumato.data.segment_records import KEY, key_of
 from sfumato.data.source_state import Identities
 
 DECODER = 2  # raised when the same bytes come to give other pixels
@@ -56,7 +55,7 @@ def _read_image(blob: Blob, store: PixelStore) -> _ReadImage:
         data = blob.read()
     except (RejectedImage, OSError) as error:
         return _ReadImage("", reject=str(error), failed=may_pass(error))
-    key = hashlib.sha256(data).hexdigest()[:32]
+    key = key_of(data)
     if store.holds(key):
         return _ReadImage(key, identity)
     try:

@@ -51,6 +51,11 @@ class Record:
     arrays: Mapping[str, Place]
 
 
+def key_of(data: bytes) -> str:
+    """Return the key of an encoded image: the first 16 bytes of its SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
 def stored_key(key: str) -> bytes:
     """Return the 16 bytes that stand for a key: itself if it is a hash of that length."""
     if HASH.fullmatch(key):
@@ -61,6 +66,11 @@ def stored_key(key: str) -> bytes:
 def stored_keys(keys: Sequence[str]) -> NDArray[np.bytes_]:
     """Return what stands for keys, (n,)."""
     return np.array([stored_key(key) for key in keys], KEY)
+
+
+def bytes_of(keys: NDArray[np.bytes_]) -> NDArray[np.uint8]:
+    """Return the bytes of keys, (n, 16)."""
+    return np.ascontiguousarray(keys).view(np.uint8).reshape(-1, 16)
 
 
 def row_type(names: Sequence[str]) -> np.dtype[Any]:
@@ -258,5 +268,5 @@ class Records(Mapping[str, Record]):
     def __iter__(self) -> Iterator[str]:
         known = self._index()[0]
         distinct = np.concatenate([[True], known[1:] != known[:-1]]) if len(known) else known
-        for row in np.ascontiguousarray(known[distinct]).view(np.uint8).reshape(-1, 16):
+        for row in bytes_of(known[distinct]):
             yield row.tobytes().hex()

@@ -199,6 +199,7 @@ def _dataset(
             resizing=stored.column("resizing").reshape(-1, 4),
             loss_mask=config.loss_mask,
         ),
+        keys=stored.column("key").reshape(-1, 16),
         read_rows=readers.get("rows"),
         read_thumbnails=readers.get("thumbnails"),
         clusters=stored.column("cluster"),
