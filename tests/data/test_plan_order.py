@@ -117,6 +117,9 @@ class OneKind:
     def __init__(self, size: int) -> None:
         self.counts = np.array([size])
 
+    def part(self, begins: NDArray[np.int64], chosen: NDArray[np.int64]) -> OneKind:
+        return self
+
     def positions(self, number: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
         return ranks
 

@@ -25,7 +25,7 @@ from sfumato.recipes.resolver import resolve
 from sfumato.runs import resume, train
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training import Budget, MuonConfig, Trainer, guard, trainer
+from sfumato.training import Budget, MuonConfig, Trainer, guard
 from tests.helpers.runs import fingerprint, images, tiny_run
 
 
@@ -81,6 +81,20 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
+def test_a_run_that_takes_shards_in_windows_is_resumed_in_its_order(
+    folder, whole, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("sfumato.data.dataset.SINGLE", 8)
+    settings = tiny_run(folder)
+    windowed = replace(settings, data=replace(settings.data, shuffle="window", window=2))
+    expected = fingerprint(train(windowed, run=tmp_path / "whole"))
+    assert expected != whole
+    run = interrupted(windowed, tmp_path / "run", monkeypatch, 8)
+    with pytest.raises(CheckpointError, match="data.window are not"):
+        resume(run, overrides=["data.window=3"])
+    assert fingerprint(resume(run)) == expected
+
+
 def test_interrupted_twice_still_equals(stopped, whole, tmp_path, monkeypatch) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -133,7 +147,7 @@ def test_a_run_from_before_plans_had_versions_goes_on_in_its_order(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", save)
-        patch.setattr(trainer, "BatchPlan", partial(BatchPlan, version=1))
+        patch.setattr("sfumato.data.dataset.BatchPlan", partial(BatchPlan, version=1))
         run = interrupted(tiny_run(folder), tmp_path / "run", patch, 6)
     monkeypatch.setattr(randomness, "MOST_PERMUTED", 0)
     if version is None:

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sfumato import randomness
-from sfumato.data.members import Members
+from sfumato.data.members import Members, PartOfMembers
 from sfumato.errors import ConfigError
 
 NEWEST = 2
@@ -37,6 +38,9 @@ class BatchPlan:
         begins: the batch at which the first epoch of this set begins; a run that went on with other
             data saw other batches before.
         version: of the order. 2 costs the same for any size; 1 is that of runs begun before it.
+        shards: where the shards begin that the set consists of, (s,).
+        window: of so many shards, chosen at random, the images come in one random order before those
+            of the next shards; 0 is all of them at once.
     """
 
     seed: int
@@ -44,11 +48,29 @@ class BatchPlan:
     batch_size: int
     begins: int = 0
     version: int = NEWEST
+    shards: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    window: int = 0
 
     @property
     def size(self) -> int:
         """The number of images in the set."""
         return len(self.shapes)
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether the images of some shards come before those of others."""
+        return 0 < self.window < len(self.shards)
+
+    def upcoming(self, sample: int, windows: int) -> list[NDArray[np.int64]]:
+        """Return the numbers of the shards of the window that holds a sample, and of those after it."""
+        epoch, place = divmod(sample - self.begins * self.batch_size, self.size)
+        found: list[NDArray[np.int64]] = []
+        number = int(np.searchsorted(_layout(self, epoch).ends, place, side="right"))
+        while len(found) < windows:
+            layout = _layout(self, epoch)
+            found += layout.windows[number : number + windows - len(found)]
+            epoch, number = epoch + 1, 0
+        return found
 
     @cached_property
     def members(self) -> Members:
@@ -61,6 +83,8 @@ class BatchPlan:
         begins = f"{self.begins} " if self.begins else ""
         version = f"version {self.version} " if self.version > 1 else ""
         result = hashlib.sha256(f"{version}{self.seed} {self.batch_size} {begins}".encode())
+        if self.is_windowed:
+            result.update(f"window {self.window} of {self.shards.tolist()}".encode())
         for part in np.array_split(self.shapes, self.size // (1 << 20) + 1):
             result.update(part.astype("<i8").tobytes())
         return result.hexdigest()
@@ -103,16 +127,52 @@ def share_of(batch_size: int, ranks: int) -> int:
     return batch_size // ranks
 
 
-def _shuffled(plan: BatchPlan, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the positions at some places of an epoch.
+class _Layout(NamedTuple):
+    """The windows of an epoch: the numbers of the shards of each, and where each ends, (w,)."""
 
-    First comes what completes the last batch of the epoch before, then batches of one shape in a
+    windows: list[NDArray[np.int64]]
+    ends: NDArray[np.int64]
+
+
+@lru_cache(maxsize=4)
+def _layout(plan: BatchPlan, epoch: int) -> _Layout:
+    """Divide the shards of an epoch, in a random order, into windows."""
+    count = len(plan.shards)
+    if not plan.is_windowed:
+        return _Layout([np.arange(count)], np.array([plan.size]))
+    order = randomness.permutation(plan.seed, "plan of shards", index=epoch, size=count)
+    windows = np.split(order, range(plan.window, count, plan.window))
+    sizes = np.diff(plan.shards, append=plan.size)
+    return _Layout(windows, np.cumsum([int(sizes[shards].sum()) for shards in windows]))
+
+
+def _shuffled(plan: BatchPlan, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the positions at some places of an epoch, window after window."""
+    windows, ends = _layout(plan, epoch)
+    numbers = np.searchsorted(ends, places, side="right")
+    result = np.empty_like(places)
+    for number in np.unique(numbers).tolist():
+        inside = numbers == number
+        begin = int(ends[number - 1]) if number else 0
+        members = plan.members.part(plan.shards, windows[number])
+        missing = -(epoch * plan.size + begin) % plan.batch_size
+        index = epoch * len(windows) + number
+        result[inside] = _mixed(plan, members, index, missing, places[inside] - begin)
+    return result
+
+
+def _mixed(
+    plan: BatchPlan, members: PartOfMembers, index: int, missing: int, places: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the positions at some places of a window.
+
+    First comes what the last batch of the window before lacks, then batches of one shape in a
     random order, then what is left over. The images of a shape have a random order of their own, of
     which these three parts take one after another.
     """
-    size, counts = plan.batch_size, plan.members.counts
+    size, counts = plan.batch_size, members.counts
     several = len(counts) > 1
-    head = _head_counts(counts, -(epoch * plan.size) % size, size)
+    head = _head_counts(counts, missing, size)
     full, left = (counts - head) // size, (counts - head) % size
     in_head = places < head.sum()
     in_left = places >= head.sum() + full.sum() * size
@@ -122,7 +182,7 @@ def _shuffled(plan: BatchPlan, epoch: int, places: NDArray[np.int64]) -> NDArray
     batches, inside = np.divmod(places[in_full] - head.sum(), size)
     if several:
         batches = randomness.shuffled(
-            batches, plan.seed, "plan of batches", index=epoch, size=int(full.sum())
+            batches, plan.seed, "plan of batches", index=index, size=int(full.sum())
         )
     kinds[in_full], batches = _located(batches, full)
     numbers[in_full] = head[kinds[in_full]] + batches * size + inside
@@ -135,10 +195,10 @@ def _shuffled(plan: BatchPlan, epoch: int, places: NDArray[np.int64]) -> NDArray
             numbers[chosen],
             plan.seed,
             f"plan of shape {plan.members.kinds[kind]}" if several else "plan",
-            index=epoch,
+            index=index,
             size=int(counts[kind]),
         )
-        result[chosen] = plan.members.positions(int(kind), ranks)
+        result[chosen] = members.positions(int(kind), ranks)
     return result
 
 

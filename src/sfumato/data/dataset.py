@@ -29,17 +29,20 @@ from sfumato.config.bounds import (
 from sfumato.data.annotations import Annotations, LossMask
 from sfumato.data.array_cache import DamagedRows
 from sfumato.data.augment import AugmentConfig
+from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset_diff import record_contents
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, Scale, decode, quiet
 from sfumato.data.frames import Frames
 from sfumato.data.holdout import Half, assign_splits, take_half
 from sfumato.data.ledger import Ledger
-from sfumato.data.listing import Entry, Reject, Source, values
+from sfumato.data.listing import Entry, Reject, Source, containers, values
 from sfumato.data.segment_records import key_of
 from sfumato.data.sources import Digits
 from sfumato.errors import ConfigError, DataError
 from sfumato.observability.progress import console
+
+FEWEST, SINGLE = 8, 1000  # images of a container that is a shard; and of a shard of other images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,10 @@ class DataConfig:
         memory_gib: without a cache, sets whose pixels need less stay in memory, others are decoded
             as they are used.
         workers: processes that decode ahead when they are.
+        shuffle: `global` mixes all images of an epoch; `window` those of `window` shards (tars, tables
+            or archives, in a random order) before those of the next, so that each shard is fetched
+            once in an epoch; of single files, a thousand are a shard.
+        window: shards that are mixed.
     """
 
     source: Source = Digits()
@@ -114,6 +121,8 @@ class DataConfig:
     verify: Literal["auto", "always"] = "auto"
     memory_gib: NonNegative = 4.0
     workers: SizeOrZero = 0
+    shuffle: Literal["global", "window"] = "global"
+    window: Size = 16
 
     def __post_init__(self) -> None:
         colour_valid = all(0 <= level <= 255 for level in self.background)
@@ -312,6 +321,32 @@ class Dataset:
         """
         return self._repeated(self.training)
 
+    @cached_property
+    def shards(self) -> NDArray[np.int64]:
+        """Where in `epoch` the images of each container begin, (s,); of files with fewer than FEWEST
+        images, SINGLE images are a shard.
+        """
+        numbers = containers(self.entries)[self.epoch]
+        begins = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1))
+        if len(begins) * FEWEST > len(numbers) or (numbers < 0).any():
+            return np.arange(0, len(numbers), SINGLE)
+        return begins
+
+    @property
+    def decodes_on_use(self) -> bool:
+        """Whether training decodes each image as it comes to it."""
+        return self.read_rows is None and (self.latents is None or self.latents.pixels)
+
+    def plan(self, *, seed: int, batch_size: int) -> BatchPlan:
+        """Return the order in which training sees the images of `epoch`, as the configuration says."""
+        return BatchPlan(
+            seed=seed,
+            shapes=self.shapes[self.epoch],
+            batch_size=batch_size,
+            shards=self.shards if self.config.shuffle == "window" else np.zeros(1, np.int64),
+            window=self.config.window if self.config.shuffle == "window" else 0,
+        )
+
     def _repeated(self, training: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return positions, each as often as an epoch holds it."""
         repeats = np.array(values(self.entries, "repeats"), np.int64)[training]
@@ -427,10 +462,9 @@ class Dataset:
             entry = self.entries[candidate]
             try:
                 data = entry.image.read()
-                if self._is_as_indexed(candidate, data):
-                    decoded = decode(data, form)
-                    if decoded.shape == shape:
-                        return decoded.pixels, bad, candidate
+                decoded = decode(data, form)
+                if decoded.shape == shape and self._is_as_indexed(candidate, data):
+                    return decoded.pixels, bad, candidate
                 bad.append(Reject(entry.name, "has changed since it was indexed"))
             except (RejectedImage, OSError) as error:
                 bad.append(Reject(entry.name, str(error)))

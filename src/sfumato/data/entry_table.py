@@ -89,6 +89,13 @@ class EntryTable(Sequence[Entry]):
         pa = arrow()
         return EntryTable(pa.table(self._columns).take(pa.array(positions)))
 
+    def containers(self) -> NDArray[np.int64]:
+        """Return a number for the file that holds each image; see `listing.containers`."""
+        paths = self._columns["image_path"]
+        coded = paths if hasattr(paths, "indices") else paths.dictionary_encode()
+        numbers: NDArray[np.int64] = np.array(coded.indices.fill_null(-1), np.int64)
+        return numbers
+
     @property
     def columns(self) -> dict[str, pyarrow.Array]:
         """The columns, as `encode` makes them."""

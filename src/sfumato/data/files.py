@@ -12,14 +12,19 @@ import errno
 import hashlib
 import os
 import re
+import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import unquote
 
 from sfumato.errors import DataError, redact_secrets
+from sfumato.platform import lock_file
+from sfumato.process import watchdog
 from sfumato.storage.atomic import atomic_path
 from sfumato.storage.output_paths import RESERVED
 
@@ -181,7 +186,8 @@ def local(path: str) -> Path:
     """Return a path on this machine; a file behind a URL is fetched unless the cache has it.
 
     Raises:
-        OSError: if it cannot be fetched, or is not a regular file (reading a pipe would block).
+        OSError: if there is none, or it is not a regular file (reading a pipe would block).
+        DataError: if it cannot be fetched.
     """
     if is_url(path):
         return _fetch(path)
@@ -310,25 +316,93 @@ def _remote_walk(root: str) -> list[str]:
     return [name for name in names if name and not is_hidden(name.split("/"))]
 
 
+LOCK_POLL_S = 0.05
+ATTEMPTS, PAUSE_S = 4, 0.5  # of each file to fetch, and the first pause, which doubles
+_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+if hasattr(os, "register_at_fork"):  # a thread of the parent may hold one
+    os.register_at_fork(after_in_child=_locks.clear)
+
+
 def _fetch(url: str) -> Path:
-    folder = cache_folder() / "remote"
-    target = folder / hashlib.sha256(url.encode()).hexdigest()
-    with contextlib.suppress(FileNotFoundError):
-        # a file used lately is dropped last
-        os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
+    """Return the copy of a file, which is fetched unless it is there.
+
+    Raises:
+        FileNotFoundError, PermissionError: if there is no such file, or it may not be read.
+        DataError: if it cannot be fetched, also not after a while.
+    """
+    target = _target(url)
+    if _is_there(target):
         return target
-    folder.mkdir(parents=True, exist_ok=True)
+    with _fetching(target.name):
+        if _is_there(target):  # meanwhile
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(ATTEMPTS):
+            try:
+                _fetch_once(url, target)
+                return target
+            except (FileNotFoundError, PermissionError) as error:  # of this file alone
+                raise type(error)(redact_secrets(f"{url}: {error}")) from None
+            except Exception as error:  # each store has its own
+                watchdog.beat()
+                if attempt == ATTEMPTS - 1 or isinstance(error, DataError):
+                    raise _unreachable(url, error) from None
+                time.sleep(PAUSE_S * 2**attempt)
+    raise AssertionError
+
+
+def touch(url: str) -> bool:
+    """Return whether a file behind a URL is here; it then leaves the disk after those that are not used."""
+    return _is_there(_target(url))
+
+
+def _target(url: str) -> Path:
+    return cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()
+
+
+def _is_there(target: Path) -> bool:
+    """Return whether a file is there, and note that it is used now: others leave the disk before it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
+        return True
+    return False
+
+
+@contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    """Wait while another thread or process fetches a file."""
+    with _locks[name], ExitStack() as stack:
+        with contextlib.suppress(OSError):  # without locks, it may be fetched twice
+            place = cache_folder() / "remote-locks" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(place.open("w"))
+            while not _locked(file):
+                watchdog.beat()
+                time.sleep(LOCK_POLL_S)
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
     try:
-        with atomic_path(target) as temporary:
-            system, path = filesystem(url)
-            with temporary.open("wb") as file, system.open(path, "rb") as remote:
-                while block := remote.read(1 << 20):
-                    file.write(block)
-            _make_room(folder, temporary.stat().st_size)
-    except Exception as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        raise kind(redact_secrets(f"{url}: {type(error).__name__}: {error}")) from None
-    return target
+        lock_file(file)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _fetch_once(url: str, target: Path) -> None:
+    system, path = filesystem(url)
+    with atomic_path(target) as temporary:
+        with temporary.open("wb") as file, system.open(path, "rb") as remote:
+            expected = getattr(remote, "size", None)
+            while block := remote.read(1 << 20):
+                file.write(block)
+                watchdog.beat()
+        size = temporary.stat().st_size
+        _is_there(temporary)  # the system's own clock is coarser
+        if isinstance(expected, int) and size != expected:
+            raise OSError(f"ended after {size:,} of {expected:,} bytes")
+        _make_room(target.parent, size)
 
 
 def _make_room(folder: Path, size: int) -> None:

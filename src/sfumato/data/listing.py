@@ -226,6 +226,25 @@ def select(entries: Sequence[Entry], positions: NDArray[np.int64]) -> Sequence[E
     return taken
 
 
+def containers(entries: Sequence[Entry]) -> NDArray[np.int64]:
+    """Return a number for the file that holds each image, (n,); -1 where there is none to be named."""
+    of_table = getattr(entries, "containers", None)
+    if of_table is not None:
+        found: NDArray[np.int64] = of_table()
+        return found
+    numbers: dict[str, int] = {}
+    paths = [path_of(entry.image) for entry in entries]
+    return np.array(
+        [-1 if path is None else numbers.setdefault(path, len(numbers)) for path in paths], np.int64
+    )
+
+
+def path_of(blob: Blob) -> str | None:
+    """Return the file that holds a blob's bytes; None if there is none."""
+    path: str | None = getattr(getattr(blob, "file", blob), "path", None)
+    return path
+
+
 def value_at(entries: Sequence[Entry], name: str, position: int) -> Any:
     """Return one field of one entry, without the others where it is a column of its own."""
     column = getattr(entries, "value", None)

@@ -185,10 +185,7 @@ def batches(
     They are the same for any number of workers. Where processes read ahead, `next` raises a
     RuntimeError "timed out" after TIMEOUT_S without a batch, and may be called again.
     """
-    ready = dataset.read_rows is not None or (
-        dataset.latents is not None and not dataset.latents.pixels
-    )
-    workers = 0 if ready else dataset.config.workers
+    workers = dataset.config.workers if dataset.decodes_on_use else 0
     loader: DataLoader[Batch] = DataLoader(
         _Batches(dataset, plan, rank, ranks),
         batch_size=None,

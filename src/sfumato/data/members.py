@@ -35,6 +35,21 @@ class Members:
         self._before = np.cumsum(inside[:, present], axis=0)
         self.counts: NDArray[np.int64] = self._before[-1].copy()
 
+    def before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many elements of each kind come before positions (n,), as (n, k)."""
+        blocks = positions // BLOCK
+        places = blocks[:, None] * BLOCK + np.arange(BLOCK)
+        inside = self._column.take(places, mode="clip")
+        inside_before = places < positions[:, None]
+        counts = [((inside == kind) & inside_before).sum(1) for kind in self.kinds]
+        result: NDArray[np.int64] = self._before[blocks] + np.stack(counts, axis=1)
+        return result
+
+    def part(self, begins: NDArray[np.int64], chosen: NDArray[np.int64]) -> PartOfMembers:
+        """Return the elements of some of the consecutive spans that begin at `begins`."""
+        ends = np.append(begins[1:], len(self._column))
+        return PartOfMembers(self, self.before(begins[chosen]), self.before(ends[chosen]))
+
     def positions(self, number: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the positions of elements of kind `kinds[number]`, by their ranks from 0 on."""
         if len(self.kinds) == 1:
@@ -47,3 +62,24 @@ class Members:
         inside = (found <= (ranks - before[blocks])[:, None]).sum(1)
         result: NDArray[np.int64] = blocks * BLOCK + inside
         return result
+
+
+class PartOfMembers:
+    """The elements of some spans of a column, one span after another.
+
+    Attributes:
+        counts: how often these have each kind of the column, (k,).
+    """
+
+    def __init__(self, members: Members, first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
+        """Take how many elements of each kind come before each span, and before its end, (s, k)."""
+        self._members, self._first = members, first
+        self._ends = np.cumsum(last - first, axis=0)
+        self.counts: NDArray[np.int64] = self._ends[-1].copy()
+
+    def positions(self, number: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the positions of elements of kind number `number`, by their ranks from 0 on."""
+        ends = self._ends[:, number]
+        spans = np.searchsorted(ends, ranks, side="right")
+        begins = np.concatenate([[0], ends[:-1]])
+        return self._members.positions(number, self._first[spans, number] + ranks - begins[spans])

@@ -6,7 +6,7 @@ from typing import get_args
 
 import numpy as np
 
-from sfumato.data import BatchPlan, Dataset
+from sfumato.data import Dataset
 from sfumato.data.batch_plan import share_of
 from sfumato.distributed.engines import Footprint, copies_of, size_text
 from sfumato.distributed.sharding import EngineName
@@ -42,7 +42,7 @@ def world_lines(prepared: PreparedRun, size: int) -> list[str]:
 
 def _coverage(run: Run, dataset: Dataset, size: int) -> str:
     """Say whether the shares of all processes are the batches of one, each image once an epoch."""
-    plan = BatchPlan(seed=run.seed, shapes=dataset.shapes[dataset.epoch], batch_size=run.batch_size)
+    plan = dataset.plan(seed=run.seed, batch_size=run.batch_size)
     batches = -(-plan.size // run.batch_size)
     looked_at = min(batches, MOST_BATCHES)
     shares = [

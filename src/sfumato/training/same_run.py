@@ -62,7 +62,7 @@ def require_same_run(
         )
     elif state.get("plan") != plan.hash:
         raise CheckpointError(
-            "seed or batch_size are not what this run began with, so that samples would be "
+            "seed, batch_size, data.shuffle or data.window are not what this run began with, so that samples would be "
             "repeated or left out",
             where=where,
             hint="leave them as they are; micro_batch may change",

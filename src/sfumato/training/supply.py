@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from sfumato.data import Batch, BatchPlan, Dataset, batches
+from sfumato.data.shards_ahead import ShardsAhead
 from sfumato.distributed import World
 from sfumato.errors import DataError
 from sfumato.process.signals import raise_if_requested
@@ -34,6 +35,7 @@ class Supply:
         self._dataset, self._plan, self._say, self._world = dataset, plan, say, world
         self._step, self._restarts, self._last_restart = start, 0, start
         self._batches: Iterator[Batch] | None = None
+        self._ahead = ShardsAhead(dataset, plan, say=say)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -45,6 +47,7 @@ class Supply:
             Interrupted: if a signal has asked the process to stop.
             DataError: if the processes that read ahead die again and again.
         """
+        self._ahead.follow(self._step * self._plan.batch_size)
         while True:
             raise_if_requested()
             if self._batches is None:
@@ -76,6 +79,10 @@ class Supply:
 
     def close(self) -> None:
         """End the processes that read ahead, also those that hang in a read."""
+        self._close_readers()
+        self._ahead.close()
+
+    def _close_readers(self) -> None:
         for process in getattr(self._batches, "_workers", ()):
             process.kill()
         self._batches = None
@@ -92,7 +99,7 @@ class Supply:
                 hint="they may lack memory: lower data.workers, or batch_size; `sfumato resume` "
                 "goes on",
             )
-        self.close()
+        self._close_readers()
         self._say(
             f"warning: a process that reads data ahead has ended ({error}); all of them are "
             f"started again at step {self._step}"

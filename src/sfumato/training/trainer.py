@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sfumato.data import Batch, BatchPlan, Dataset, ShapeGroup
+from sfumato.data import Batch, Dataset, ShapeGroup
 from sfumato.distributed import current, is_agreed
 from sfumato.distributed.sharding import Engine
 from sfumato.errors import CheckpointError, DataError, UnsavedError
@@ -112,9 +112,7 @@ class Trainer:
         self.state = TrainingState.new(
             task.model, task.optimized_parts, config.post_hoc_ema.profiles, self._place
         )
-        self.plan = BatchPlan(
-            seed=config.seed, shapes=dataset.shapes[dataset.epoch], batch_size=config.batch_size
-        )
+        self.plan = dataset.plan(seed=config.seed, batch_size=config.batch_size)
         self._new = True
         self.timetable = Timetable(self.state)
         self.saver = RunSaver(self, writes_frozen=writes_frozen)
