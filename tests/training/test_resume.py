@@ -240,7 +240,7 @@ def described(run: Path) -> list[str]:
 
 REFUSED = {
     "network.channels=64": "does not fit the model",
-    "seed=1": "seed or batch_size",
+    "seed=1": "seed, batch_size",
     "optimizer.muon={}": "was not optimized by Muon in the checkpoint, but is with the current "
     "configuration",
     "network.multipliers=[1,1,1,1,1]": "does not fit the model",

@@ -293,6 +293,10 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise _unreachable(url, error) from None
 
 
+if hasattr(os, "register_at_fork"):  # file systems do not work in a fork of their process
+    os.register_at_fork(after_in_child=filesystem.cache_clear)
+
+
 def _unreachable(url: str, error: Exception) -> DataError:
     return DataError(
         f"cannot be reached: {type(error).__name__}: {str(error)[:200]}",

@@ -94,6 +94,19 @@ class ShardsAhead:
                     found.add(path)
         return found
 
+    def pause(self) -> None:
+        """Wait for what is being fetched, and fetch nothing more until `follow` is called again.
+
+        A process must not be forked while its threads work: a lock that one of them holds is never
+        released there.
+        """
+        for future in self._begun.values():
+            future.cancel()
+        for future in self._begun.values():
+            if not future.cancelled():
+                future.exception()
+        self._begun, self._wanted = {}, []
+
     def close(self) -> None:
         """Stop; what is being fetched is left to its end."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -47,10 +47,10 @@ class Supply:
             Interrupted: if a signal has asked the process to stop.
             DataError: if the processes that read ahead die again and again.
         """
-        self._ahead.follow(self._step * self._plan.batch_size)
         while True:
             raise_if_requested()
             if self._batches is None:
+                self._ahead.pause()
                 self._batches = batches(
                     self._dataset,
                     self._plan,
@@ -58,6 +58,7 @@ class Supply:
                     rank=self._world.rank,
                     ranks=self._world.size,
                 )
+            self._ahead.follow(self._step * self._plan.batch_size)
             try:
                 batch = next(self._batches)
             except Exception as error:
