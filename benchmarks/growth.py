@@ -3,10 +3,11 @@
     python benchmarks/growth.py PHOTOS.parquet [--sizes 10000,50000,200000] [--full] [--json FILE]
 
 Images of 32 px in tar shards of 10,000, each a toned mixture of two photographs, with category and
-caption. Every start is a process of its own with a cache of its own: the first one, the second one,
-two bare processes that read and decode the same shards with tarfile and Pillow, and the library
-`datasets`, first and second. Bytes are those that processes asked the system for (rchar); mapped files
-do not count there. `--full 1` adds a million images (4 GB of disk).
+caption. Every start is a process of its own with a cache of its own: the first one, the second one, a
+training of 20 steps that is resumed for 10 more, two bare processes that read and decode the same
+shards with tarfile and Pillow, and the library `datasets`, first and second. Bytes are those that
+processes asked the system for (rchar); mapped files do not count there, nor in peaks of memory.
+`--full 1` adds a million images (4 GB of disk, and 7 GB for the cache).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -89,7 +91,7 @@ def start(folder: str) -> dict[str, float]:
     from sfumato.data import BatchPlan, DataConfig, WebDataset, index, listed
     from sfumato.data.duplicates import clusters
 
-    before, read = _resident_mb(), _read_bytes()
+    peak, before, read = Peak(), _resident_mb(), _read_bytes()
     alike = {"s": 0.0}
     import sfumato.data.indexing as indexing
 
@@ -115,9 +117,38 @@ def start(folder: str) -> dict[str, float]:
         "listing_s": listed_s,
         "alike_s": alike["s"],
         "kept_mb": kept,
-        "peak_mb": _peak_mb() - before,
+        "peak_mb": peak.mb,
         "read_mb": read / 1e6,
         "first_batch_s": time.perf_counter() - begun,
+    }
+
+
+def train(folder: str, place: str) -> dict[str, float]:
+    """Train a small model for 20 steps in this process, and go on to 30, as `sfumato resume` does."""
+    from sfumato.data import DataConfig, WebDataset
+    from sfumato.networks import UNetConfig
+    from sfumato.recipes.run import Run
+    from sfumato.runs import resume
+    from sfumato.runs import train as begin
+    from sfumato.training import Budget
+
+    peak, begun = Peak(), time.perf_counter()
+    run = Run(
+        name="growth",
+        data=DataConfig(source=WebDataset(folder), resolution=32),
+        network=UNetConfig(channels=16, multipliers=(1, 2), blocks=1, attention_depths=()),
+        batch_size=32,
+        budget=Budget(steps=20),
+    )
+    path = begin(run, run=Path(place) / "run")
+    trained_s = time.perf_counter() - begun
+    begun = time.perf_counter()
+    resume(path, overrides=["budget.steps=30"])
+    return {
+        "train_20_steps_s": trained_s,
+        "resume_10_steps_s": time.perf_counter() - begun,
+        "peak_mb": peak.mb,
+        "data_json_mb": (path / "data.json").stat().st_size / 1e6,
     }
 
 
@@ -126,9 +157,27 @@ def _resident_mb() -> float:
     return pages * resource.getpagesize() / 1e6
 
 
-def _peak_mb() -> float:
+def _status_mb(name: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e3
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1e3
+
+
+class Peak:
+    """The most memory of this process itself, without the pages of files that it maps, in MB."""
+
+    def __init__(self) -> None:
+        self.before = self.most = _status_mb("RssAnon")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.most = max(self.most, _status_mb("RssAnon"))
+            time.sleep(0.02)
+
+    @property
+    def mb(self) -> float:
+        """The most since the beginning, beyond what there was then."""
+        return self.most - self.before
 
 
 def _read_bytes() -> int:
@@ -139,7 +188,7 @@ def in_process(*arguments: str, cache: Path) -> dict[str, float]:
     """Start in a process of its own."""
     done = subprocess.run(
         [sys.executable, __file__, "--start", *arguments],
-        env={**os.environ, "SFUMATO_CACHE": str(cache)}, capture_output=True, text=True, check=True,
+        env={**os.environ, "SFUMATO_CACHE": str(cache)}, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -170,6 +219,7 @@ def measured(folder: Path, count: int, *, peer: bool) -> dict[str, Any]:
         )
         row["first"] = in_process(str(folder), cache=cache)
         row["second"] = in_process(str(folder), cache=cache)
+        row["train"] = in_process(str(folder), f"{place}/trained", cache=cache)
         if peer:
             command = [sys.executable, "-c", PEER, str(folder), f"{place}/datasets"]
             row["datasets_s"] = [seconds(command) for _ in range(2)]
@@ -212,6 +262,6 @@ def main(photos: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--start"]:
-        print(json.dumps(start(sys.argv[2])))
+        print(json.dumps((train if sys.argv[3:] else start)(*sys.argv[2:])))
     else:
         main(sys.argv.pop(1))
