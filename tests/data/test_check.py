@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from sfumato.data.check import KINDS, Inspection, IntendedModel, inspect_data, w
 from sfumato.data.check.inspect import vendi
 from sfumato.data.decoding import PixelFormat
 from sfumato.errors import DataError
-from tests.helpers.image_bytes import encode
+from tests.helpers.image_bytes import encode, noise
 
 CLEAN = 40
 RESOLUTION = 32
@@ -636,3 +636,29 @@ def test_the_page_allows_its_own_script_by_its_hash_and_no_other(written: Path) 
     digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in page
     assert not re.search(r"\son\w+=", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))
+
+
+def test_of_a_large_set_a_sample_of_each_category_is_measured_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "set"
+    for category, numbers in (("a", range(60)), ("b", range(100, 120))):
+        for number in numbers:
+            place = root / category / f"{number:03}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(encode(noise(20, 20, seed=number)))
+    whole = inspected(root)
+    assert whole.figures["measured"] == whole.figures["images"] == 80
+    assert not any("were measured" in remark for remark in whole.remarks)
+    monkeypatch.setattr("sfumato.data.check.inspect.MEASURED", 40)
+    found = inspected(root)
+    assert Counter(entry.category for entry in found.entries) == {"a": 30, "b": 10}
+    assert found.figures["images"] == 80
+    assert found.figures["measured"] == found.figures["readable"] == 40
+    assert found.learned == whole.learned == 80
+    (remark,) = [remark for remark in found.remarks if "were measured" in remark]
+    # 1.96 sqrt(0.25 / 40 (1 - 1/2))
+    assert remark.startswith("40 of 80 images were measured")
+    assert "at most 11.0%" in remark
+    assert found.ledger is not None
+    assert found.ledger.balanced

@@ -90,7 +90,7 @@ def test_a_run_that_takes_shards_in_windows_is_resumed_in_its_order(
     expected = fingerprint(train(windowed, run=tmp_path / "whole"))
     assert expected != whole
     run = interrupted(windowed, tmp_path / "run", monkeypatch, 8)
-    with pytest.raises(CheckpointError, match="data.window are not"):
+    with pytest.raises(CheckpointError, match=r"data\.window are not"):
         resume(run, overrides=["data.window=3"])
     assert fingerprint(resume(run)) == expected
 

@@ -127,7 +127,8 @@ def _data(model: TrainedModel) -> list[str]:
         f"license of the images: {record.get('attribution') or UNKNOWN}",
     ]
     notes = record.get("notes") or {}
-    copies = [f"{len(notes[kind])} {kind.replace('_', ' ')}s" for kind in notes if "dupl" in kind]
+    counts = {kind: len(names) for kind, names in notes.items()} | (record.get("counts") or {})
+    copies = [f"{counts[kind]} {kind.replace('_', ' ')}s" for kind in notes if "dupl" in kind]
     return [*lines, *([f"among them: {', '.join(copies)}"] if copies else [])]
 
 

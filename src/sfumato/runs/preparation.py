@@ -16,6 +16,7 @@ from sfumato.data import Dataset, Listing, index, is_indexed, prepare_by, prepar
 from sfumato.data.executors import Cluster, run_on_cluster
 from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES, place_of, too_few_images
 from sfumato.data.ledger import describe_note
+from sfumato.data.recorded_names import FILE
 from sfumato.distributed import World, current
 from sfumato.errors import DataError
 from sfumato.evaluation.extractors import extractor
@@ -220,7 +221,7 @@ def open_data(
             bar.say(f"  left out {reject.name}: {reject.reason}")
         if len(dataset.rejects) > REJECTS_SHOWN:
             bar.say(
-                f"  and {len(dataset.rejects) - REJECTS_SHOWN} more, all of which are in data.json"
+                f"  and {len(dataset.rejects) - REJECTS_SHOWN} more; a run lists all in data.json, or in {FILE}"
             )
         for kind, names in dataset.notes.items():
             bar.say(describe_note(kind, names))

@@ -12,6 +12,7 @@ from pathlib import Path
 from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.data.batch_plan import share_of
+from sfumato.data.recorded_names import shortened, write_names
 from sfumato.distributed import World, current, joined
 from sfumato.errors import RunError, redact_secrets, without_secrets
 from sfumato.observability.progress import console
@@ -321,13 +322,12 @@ def _cost_lines(prepared: PreparedRun) -> list[str]:
 def _write_description(prepared: PreparedRun, directory: RunDirectory) -> None:
     """Write the run's configuration, data record and environment into its directory."""
     write_run_config(directory, configuration.plain(prepared.run))
+    record, names = shortened(prepared.dataset.summary())
     directory.write_json(
-        "data.json",
-        {
-            **prepared.dataset.summary(),
-            FROM_RUN: paths_relative_to_run(prepared.run, directory.path),
-        },
+        "data.json", {**record, FROM_RUN: paths_relative_to_run(prepared.run, directory.path)}
     )
+    if directory.writes:
+        write_names(directory.path, names)
     directory.write_environment(sfumato=__version__, commit=commit())
 
 

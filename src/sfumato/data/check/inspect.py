@@ -4,6 +4,7 @@ and what to do about it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,12 @@ from sfumato.data.check import captions as text
 from sfumato.data.check.findings import KINDS
 from sfumato.data.check.measure import Measurement, measure
 from sfumato.data.check.risk import MemorizationRisk, images_at_risk
+from sfumato.data.choice import choose_evenly
 from sfumato.data.decoding import PixelFormat, quiet
 from sfumato.data.duplicates import MIN_SIDE, components, near_pairs, signatures
 from sfumato.data.frames import unused_frames
 from sfumato.data.ledger import Ledger
-from sfumato.data.listing import Entry, Listing, Reject
+from sfumato.data.listing import Entry, Listing, Reject, select, values
 from sfumato.data.parallel import ordered_map
 
 DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 2.0
@@ -31,6 +33,7 @@ ASPECT = 1 / 0.35
 UNNAMED = (
     "not named in"  # beginning of the reason why images that metadata do not name are left out
 )
+MEASURED = 100_000  # images of a set, above which a sample is measured
 SAMPLE = 20_000  # images that diversity, clusters and outliers are judged by, spread evenly
 EXTRACTOR = "thumbnails-8x8-and-gradients-4x4x8"
 
@@ -72,6 +75,7 @@ class Inspection:
         learned: readable images that the source does not hold out.
         figures: counts and scores, as data.json has them.
         remarks: plain sentences about the set as a whole.
+        share: of the listed images, which was measured; the others are taken to be like these.
     """
 
     source: str
@@ -86,6 +90,7 @@ class Inspection:
     learned: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    share: float = 1.0
 
     def files(self) -> dict[str, list[str]]:
         """Return names by kind, in the order of the report."""
@@ -143,8 +148,13 @@ def inspect_data(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Measure every image and collect the findings; the same data give the same findings."""
+    entries = select(listing.entries, _sample(listing.entries))
     result = Inspection(
-        source=source, entries=listing.entries, form=plan.form, remarks=list(plan.remarks)
+        source=source,
+        entries=entries,
+        form=plan.form,
+        remarks=[*plan.remarks, *_sample_lines(len(entries), len(listing.entries))],
+        share=len(entries) / max(1, len(listing.entries)),
     )
     for reject in listing.rejects:
         kind = "unnamed" if reject.reason.startswith(UNNAMED) else "left_out"
@@ -154,21 +164,22 @@ def inspect_data(
     measurements: list[Measurement] = []
     with quiet():
         for number, measurement in enumerate(
-            ordered_map(lambda entry: measure(entry, plan.form), listing.entries)
+            ordered_map(lambda entry: measure(entry, plan.form), entries)
         ):
             if isinstance(measurement, str):
-                unreadable.append(Reject(listing.entries[number].name, measurement))
+                unreadable.append(Reject(entries[number].name, measurement))
             else:
                 positions.append(number)
                 measurements.append(measurement)
             if on_progress is not None:
-                on_progress(number + 1, len(listing.entries))
+                on_progress(number + 1, len(entries))
     if unreadable:
         result.reasons["unreadable"] = {reject.name: reject.reason for reject in unreadable}
     result.ledger = Ledger.of(listing, unreadable)
     places = np.array(positions, np.int64)
     result.figures.update(
         images=len(listing.entries),
+        measured=len(entries),
         readable=len(measurements),
         unreadable=len(unreadable),
         ledger=result.ledger.plain(),
@@ -183,6 +194,28 @@ def inspect_data(
     _categories(result, set(positions))
     _size(result, plan)
     return result
+
+
+def _sample(entries: Sequence[Entry]) -> NDArray[np.int64]:
+    """Return the positions of at most MEASURED images, as many of each category as its share, spread
+    evenly over it.
+    """
+    if len(entries) <= MEASURED:
+        return np.arange(len(entries))
+    categories = np.array([name or "" for name in values(entries, "category")])
+    return np.sort(choose_evenly(np.argsort(categories, kind="stable"), MEASURED))
+
+
+def _sample_lines(count: int, total: int) -> list[str]:
+    """Say what a sample means for the figures; [] without one."""
+    if count == total:
+        return []
+    # of a share of one half, the widest: normal approximation, without replacement
+    half_width = 1.96 * math.sqrt(0.25 / count * (1 - count / total))
+    return [
+        f"{count:,} of {total:,} images were measured, of each category in proportion: shares have a 95% "
+        f"interval of at most {half_width:.1%} to either side, and copies are found among these only."
+    ]
 
 
 def _image_findings(
@@ -303,7 +336,7 @@ def _risk(
 ) -> None:
     """Find the images that are memorized first, among those that the source does not hold out."""
     learned = [i for i, place in enumerate(places) if result.entries[place].holdout is None]
-    result.learned = len(learned)
+    result.learned = round(len(learned) / result.share)
     if not learned:
         return
     result.risk = images_at_risk(
@@ -503,15 +536,15 @@ def _size(result: Inspection, plan: IntendedModel) -> None:
             f"{distinct} different images: enough to fine-tune a trained model, not to train one."
         )
     channels = 3 if plan.form is None else plan.form.channels
-    values = distinct * plan.resolution**2 * channels
+    numbers = round(distinct / result.share) * plan.resolution**2 * channels
     result.figures["model"] = {
         "resolution": plan.resolution,
         "parameters": plan.parameters,
-        "values_in_images": values,
+        "values_in_images": numbers,
     }
-    if plan.parameters > values:
+    if plan.parameters > numbers:
         result.remarks.append(
             f"The model meant for this set has {plan.parameters / 1e6:.1f}M parameters, more "
-            f"than the {values / 1e6:.1f}M values in all "
+            f"than the {numbers / 1e6:.1f}M values in all "
             "images: it could memorize them; the verdict while training says when."
         )
