@@ -80,3 +80,4 @@ def test_a_frechet_distance_of_reconstructions_is_given_from_thirty_images(
     )
     assert found.get("rfd_images", 0) == (held_out if held_out >= 30 else 0)
     assert ("rfd" in found) == (held_out >= 30)
+    assert held_out < 30 or found["rfd_low"] <= found["rfd"] <= found["rfd_high"]

@@ -149,7 +149,7 @@ def on_machines_of(processes: int) -> Callable[[], None]:
     return patch
 
 
-def test_two_machines_decode_half_of_the_images_each(
+def test_two_machines_decode_and_encode_half_of_the_images_each(
     runs: Runs, own_cache: Callable[[], Path], tmp_path: Path
 ) -> None:
     two_machines = on_machines_of(1)
@@ -167,9 +167,22 @@ def test_two_machines_decode_half_of_the_images_each(
 
         pixel_store.decode = noted
 
-    run = runs.train("pixel", *TWO, patch=patch)
+        from sfumato.training import latent_cache
+
+        moments = latent_cache._moments
+
+        def counted(dataset: Any, autoencoder: Any, chunk: Any) -> Any:
+            with (tmp_path / f"latents {os.environ['RANK']}").open("a") as file:
+                file.write("x" * len(chunk))
+            return moments(dataset, autoencoder, chunk)
+
+        latent_cache._moments = counted
+        latent_cache.CHUNK = 10
+
+    run = runs.train("latent", *TWO, patch=patch)
     assert [(tmp_path / rank).stat().st_size for rank in "01"] == [20, 20]
-    assert difference(run, runs.alone("pixel")) < 1e-6
+    assert [(tmp_path / f"latents {rank}").stat().st_size for rank in "01"] == [30, 30]
+    assert difference(run, runs.alone("latent")) < 1e-6
 
 
 def test_copies_on_two_machines_of_two_processes_end_alike(runs: Runs) -> None:

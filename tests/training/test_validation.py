@@ -105,13 +105,19 @@ def test_intervals_of_figures_cover_them_and_scores_are_paired() -> None:
     learned = images(20_000, seed=1)
     guess = LinearDenoiser.of_mean(learned)
     truth = report(ideal, triples(20_000))
-    covered = {"eps_mse": 0, "r2": 0}
+    covered, at_a_level = {"eps_mse": 0, "r2": 0}, {"eps_mse": 0, "r2": 0}
     for number in range(60):
         t = replace(triples(40), seed=number)
-        found = report(ideal, replace(t, x0=images(40, seed=100 + number)))["intervals"]
-        for name in covered:
-            covered[name] += found[name]["low"] <= truth[name] <= found[name]["high"]
+        found = report(ideal, replace(t, x0=images(40, seed=100 + number)))
+        for counts, row, true in (
+            (covered, found, truth),
+            (at_a_level, found["bins"][4], truth["bins"][4]),
+        ):
+            for name in counts:
+                ends = row["intervals"][name]
+                counts[name] += ends["low"] <= true[name] <= ends["high"]
     assert all(51 <= count <= 60 for count in covered.values()), covered
+    assert all(51 <= count <= 60 for count in at_a_level.values()), at_a_level
     t = triples(40)
     first, second = (errors(each, t).by_image() for each in (ideal, guess))
     found = score_interval(first, second)

@@ -49,6 +49,15 @@ class World:
         return -(-self.size // self.per_machine)
 
     @property
+    def shares(self) -> list[slice]:
+        """Which of many things this process puts into the cache, round after round: its share among all
+        processes; then, since each machine may have a cache of its own, its share among those of its
+        machine, of what is missing there.
+        """
+        own = slice(self.local_rank, None, self.per_machine)
+        return [own] if self.machines == 1 else [slice(self.rank, None, self.size), own]
+
+    @property
     def is_first(self) -> bool:
         """Whether this process writes the run's files, and shows its progress."""
         return self.rank == 0

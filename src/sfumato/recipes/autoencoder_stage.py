@@ -39,7 +39,7 @@ from sfumato.data.choice import choose_evenly
 from sfumato.data.files import cache_folder
 from sfumato.distributed import current
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.evaluation.distances import FEWEST, frechet_distance
+from sfumato.evaluation.distances import FEWEST, frechet_interval
 from sfumato.evaluation.extractors import extractor
 from sfumato.networks.perceptual import Features
 from sfumato.observability.progress import ProgressBar, console
@@ -297,7 +297,8 @@ class TrainedAutoencoder(TrainingConfig):
             manifest=True,
         )
         distance = (
-            f"  rFD {facts['rfd']:.3g} (n={facts['rfd_images']}, {facts['rfd_features']})"
+            f"  rFD {facts['rfd']:.3g} [{facts['rfd_low']:.3g}, {facts['rfd_high']:.3g}] "
+            f"(n={facts['rfd_images']}, {facts['rfd_features']})"
             if "rfd" in facts
             else ""
         )
@@ -464,8 +465,8 @@ def _reconstruction_frechet(
 ) -> dict[str, Any]:
     """Return the Fréchet distance between held-out images and their reconstructions.
 
-    The number of images and the name of the features are returned with it; {} if too few are held
-    out.
+    Its 95 % interval is over the reconstructions. The number of images and the name of the features
+    are returned with it; {} if too few are held out.
     """
     positions = choose_evenly(dataset.with_common_shape(dataset.holdout), MAX_MEASURED)
     if len(positions) < FEWEST:
@@ -476,8 +477,11 @@ def _reconstruction_frechet(
         real = to_float(dataset.images(positions[first : first + BATCH])[0]).to(default_device())
         pairs.append((features.pooled(real).cpu(), features.pooled(reconstruct(codec, real)).cpu()))
     real, reconstructions = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    distance = frechet_interval(reconstructions, real)
     return {
-        "rfd": frechet_distance(real, reconstructions),
+        "rfd": distance.value,
+        "rfd_low": distance.low,
+        "rfd_high": distance.high,
         "rfd_images": len(positions),
         "rfd_features": features.name,
     }

@@ -94,7 +94,13 @@ def _levels_chart(files: RunFiles) -> str:
     bins = newest[BINS]
     xs = [(row["logsnr_low"] + row["logsnr_high"]) / 2 for row in bins]
     errors = [row["eps_mse"] for row in bins]
-    curves = [Curve("held-out", "this model", xs, errors)]
+    known_ends = [row["intervals"]["eps_mse"] for row in bins if "intervals" in row]
+    band = (
+        [[ends[name] for ends in known_ends] for name in ("low", "high")]
+        if len(known_ends) == len(bins) and None not in (e["low"] for e in known_ends)
+        else []
+    )
+    curves = [Curve("held-out", "this model", xs, errors, *band)]
     if "skill" in bins[0]:  # runs of earlier versions compared with another guess
         curves += [
             Curve("linear", "best linear filter", xs, _reference(bins, "skill")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from sfumato.conditioners import CompositeConditioner
 from sfumato.conditioners.pretrained_text import TEXTS_AT_ONCE
 from sfumato.contexts import CONTEXTS, Text
@@ -15,7 +17,7 @@ MAX_TEXTS = 10_000  # that are encoded before training begins
 def release_encoders(prepared: PreparedRun, conditioner: CompositeConditioner) -> str:
     """Encode all texts that training will read, and free the frozen text encoders.
 
-    The processes of a machine share the texts. A text that was not foreseen loads the encoders again.
+    The processes share the texts. A text that was not foreseen loads the encoders again.
 
     Args:
         conditioner: of the model that is trained, with its adapters.
@@ -25,10 +27,10 @@ def release_encoders(prepared: PreparedRun, conditioner: CompositeConditioner) -
     texts = _texts(prepared)
     if not texts or len(texts) > MAX_TEXTS:
         return ""
-    world = current()
-    begins = range(TEXTS_AT_ONCE * world.local_rank, len(texts), TEXTS_AT_ONCE * world.per_machine)
-    share = [text for begin in begins for text in texts[begin : begin + TEXTS_AT_ONCE]]
-    world.together(lambda: conditioner.encode_ahead(share))
+    world, begins = current(), range(0, len(texts), TEXTS_AT_ONCE)
+    for share in world.shares:
+        own = [text for begin in begins[share] for text in texts[begin : begin + TEXTS_AT_ONCE]]
+        world.together(partial(conditioner.encode_ahead, own))
     conditioner.encode_ahead(texts)  # nothing is left where the cache is on disk
     count = conditioner.release_encoders()
     if not count:

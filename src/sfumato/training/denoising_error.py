@@ -191,7 +191,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Return MSE, RMSE and MAE of the noise and of x0, R^2 and skill, overall and by log-SNR.
 
-    `intervals` has the 95 % intervals over images of those of the noise.
+    `intervals`, also of each level, has the 95 % intervals over images of those of the noise.
 
     R^2 = 1 - MSE / MSE of the best guess that knows the mean image and one variance; skill is the
     same beside the best linear denoiser of the training images: above 0, the model has learned
@@ -221,7 +221,14 @@ def summarize(
         }
 
     rows = [
-        {**ends, "n": len(triples.x0), **figures(_column(number))}
+        {
+            **ends,
+            "n": len(triples.x0),
+            **figures(_column(number)),
+            "intervals": _intervals(
+                *(each.each(_column(number)) for each in (errors, mean_guess, linear))
+            ),
+        }
         for number, ends in enumerate(triples.ranges())
     ]
     intervals = _intervals(errors, mean_guess, linear)
@@ -230,7 +237,7 @@ def summarize(
 
 
 def _intervals(errors: Errors, mean_guess: Errors, linear: Errors) -> dict[str, Any]:
-    """Return the 95 % intervals over images of the figures of all levels."""
+    """Return the 95 % intervals over images of figures, each over the levels of an image."""
     square = mean_interval(errors.by_image())
     return {
         name: estimate.plain()
@@ -245,7 +252,7 @@ def _intervals(errors: Errors, mean_guess: Errors, linear: Errors) -> dict[str, 
 
 
 def _column(number: int) -> Callable[[Tensor], Tensor]:
-    return lambda table: table[:, number]
+    return lambda table: table[:, number : number + 1]
 
 
 class Estimate(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -55,12 +56,10 @@ def with_latents(
     cache = ArrayCache.open(
         "latents", f"decoder {DECODER} {identity} {dataset.pixel_format!r} {config.augment!r}"
     )
-    world = current()
-    # each machine encodes all, since its cache may be its own
-    chunks = list(_chunks(dataset, count))[world.local_rank :: world.per_machine]
-    world.together(lambda: _fill(cache, dataset, autoencoder, chunks, on_progress))
-    if world.size > 1:  # what the others have encoded
-        cache.refresh()
+    world, chunks = current(), list(_chunks(dataset, count))
+    for share in world.shares:
+        world.together(partial(_fill, cache, dataset, autoencoder, chunks[share], on_progress))
+        cache.refresh()  # what the others have encoded
     keys = stored_keys(
         [
             _key(dataset, position, variant)
