@@ -231,7 +231,7 @@ def test_what_an_autoencoder_cannot_go_on_with_is_refused_and_leaves_the_run_as_
         with pytest.raises(Crash):
             train(latent_run(folder), run=tmp_path / "run")
     before = (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(CheckpointError, match="seed or batch_size"):
+    with pytest.raises(CheckpointError, match="seed, batch_size"):
         resume(tmp_path / "run", overrides=["autoencoder.seed=5"])
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     assert traces(resume(tmp_path / "run")) == traces(whole)

@@ -247,16 +247,18 @@ def _crowded(
 
 def signatures(thumbnails: Thumbnails) -> Floats:
     """Return 8 x 8 means of thumbnails (N, 32, 32, 3) without brightness and contrast: (N, 192)."""
-    values = np.concatenate(
-        [
-            _means(thumbnails[begin : begin + CHUNK], SIDE // 8)
-            for begin in range(0, max(1, len(thumbnails)), CHUNK)
-        ]
-    )
-    values = values.reshape(len(thumbnails), -1)
-    values -= values.mean(1, keepdims=True)
-    values /= np.maximum(values.std(1, keepdims=True), FLAT)
-    return values
+    result = np.empty((len(thumbnails), 8 * 8 * 3), np.float32)
+
+    def fill(begin: int) -> None:
+        values = _means(thumbnails[begin : begin + CHUNK], SIDE // 8)
+        values = values.reshape(len(values), -1)
+        values -= values.mean(1, keepdims=True)
+        values /= np.maximum(values.std(1, keepdims=True), FLAT)
+        result[begin : begin + CHUNK] = values
+
+    for _ in ordered_map(fill, range(0, len(thumbnails), CHUNK)):
+        pass
+    return result
 
 
 def _means(images: NDArray[Any], size: int) -> Floats:
