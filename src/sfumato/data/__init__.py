@@ -5,7 +5,8 @@ splits that do not leak, and the stateless batch plan.
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.buckets import BucketConfig
-from sfumato.data.dataset import DataConfig, Dataset, PrecomputedLatents
+from sfumato.data.data_config import DataConfig
+from sfumato.data.dataset import Dataset, PrecomputedLatents
 from sfumato.data.index_store import listed
 from sfumato.data.indexing import index, is_indexed, prepare_by, prepare_part
 from sfumato.data.listing import Blob, Entry, File, Inline, Listing, Reject, Source

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from sfumato.data.annotations import Annotations
 from sfumato.data.array_cache import RowReader, load_array, save_array
-from sfumato.data.dataset import DataConfig, Dataset
+from sfumato.data.data_config import DataConfig
+from sfumato.data.dataset import Dataset
 from sfumato.data.decoding import PixelFormat, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters
 from sfumato.data.frames import expand_frames, unused_frames
 from sfumato.data.holdout import merge_groups, place_of, too_few_images
-from sfumato.data.index_store import HexIds, KnownKeys, NamesAt, listed
+from sfumato.data.image_facts import ImageFacts
+from sfumato.data.index_store import KnownKeys, NamesAt, listed
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Listing, Reject, select, value_at, values
 from sfumato.data.missing_labels import fill_missing
@@ -37,7 +39,6 @@ from sfumato.data.pixel_store import (
     pixel_store,
     read_part,
 )
-from sfumato.data.resizing import resizing
 from sfumato.data.segment_records import bytes_of
 from sfumato.data.source_state import state_of
 from sfumato.data.stored_index import StoredIndex
@@ -286,48 +287,6 @@ def _rejects(entries: Sequence[Entry], part: ReadPart) -> list[Reject]:
     ]
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What decoding found, a row an image: hashes of the contents, indices of shapes, sizes (width,
-    height), numbers of frames; and the positions of the images with a note, by note.
-    """
-
-    ids: HexIds
-    shapes: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    frames: NDArray[np.int64]
-    notes: dict[str, list[int]]
-
-    @classmethod
-    def of(cls, facts: Sequence[Mapping[str, Any]]) -> _Facts:
-        notes: dict[str, list[int]] = {}
-        for place, fact in enumerate(facts):
-            for note in fact["notes"]:
-                notes.setdefault(note, []).append(place)
-        return cls(
-            ids=HexIds.of([str(fact["id"]) for fact in facts]),
-            shapes=np.array([fact["shape"] for fact in facts], np.int64),
-            sizes=np.array([fact["size"] for fact in facts], np.int64).reshape(-1, 2),
-            frames=np.array([fact.get("frames", 1) for fact in facts], np.int64),
-            notes=notes,
-        )
-
-    def resizing_and_losses(
-        self, form: PixelFormat
-    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Return how each image was resized, (n, 4), and the share of its area that was cropped, (n,).
-
-        Sizes are few, where images are many.
-        """
-        pairs = np.column_stack([self.sizes, self.shapes])
-        kinds, places = np.unique(pairs, axis=0, return_inverse=True)
-        sizes = [((width, height), form.shapes[shape]) for width, height, shape in kinds.tolist()]
-        resized = np.array([resizing(*each) for each in sizes], np.float32).reshape(-1, 4)
-        losses = np.array([_crop_loss(*each) for each in sizes])
-        places = places.reshape(-1)
-        return resized[places], losses[places]
-
-
 def _dataset(
     config: DataConfig,
     annotations: frozenset[str],
@@ -338,7 +297,7 @@ def _dataset(
     """Make a dataset of the images that were read."""
     good, form = select(found.entries, part.good), store.form
     unused = [*found.unused, *_rejects(found.entries, part)]
-    facts = _Facts.of(store.facts(part.keys[part.good]))
+    facts = ImageFacts.of(store.facts(part.keys[part.good]))
     read_rows, read_thumbnails = store.readers(part.keys[part.good])
     merged = merge_groups(good, facts.ids, _clusters(config, form, facts.ids, read_thumbnails))
     labels, categories = _categories(config, values(good, "category"))
@@ -469,12 +428,6 @@ def _excluded_names(config: DataConfig) -> set[str]:
         for line in lines
         if line.strip() and not (line.startswith("#") and "\t" not in line)
     }
-
-
-def _crop_loss(size: Sequence[int], target: tuple[int, int]) -> float:
-    """Return the share of an image's area that cropping to the target's aspect ratio cuts away."""
-    ratio = (size[0] / size[1]) / (target[1] / target[0])
-    return 1 - min(ratio, 1 / ratio)
 
 
 def _natural(name: str) -> tuple[int, int, str]:

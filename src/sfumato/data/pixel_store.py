@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data.array_cache import ArrayCache, RowReader, Writer
-from sfumato.data.dataset import DataConfig
+from sfumato.data.data_config import DataConfig
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import thumbnail
 from sfumato.data.files import cache_folder, may_pass

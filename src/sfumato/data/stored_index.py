@@ -12,7 +12,8 @@ import torch
 from sfumato.data.annotations import Annotations
 from sfumato.data.array_cache import RowReader
 from sfumato.data.arrow import arrow
-from sfumato.data.dataset import DataConfig, Dataset, DatasetParts
+from sfumato.data.data_config import DataConfig
+from sfumato.data.dataset import Dataset, DatasetParts
 from sfumato.data.decoding import Scale
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
 from sfumato.data.index_store import (
