@@ -597,7 +597,7 @@ def test_an_index_of_another_form_is_made_anew(
 ) -> None:
     place = folder(tmp_path / "set")
     opened(configured(place))
-    monkeypatch.setattr(index_store, "FORMAT", 2)
+    monkeypatch.setattr(index_store, "FORMAT", 99)
     add(place)
     assert not opened(configured(place)).is_kept
 
@@ -628,10 +628,24 @@ def test_parts_prepared_in_any_order_make_the_same_index_which_reads_no_image(
     assert len(unknown) == (name in CUT)  # what is of no use is looked at again
     for part, value in whole.items():
         assert contents(found)[part] == value, part
-    assert not list((tmp_path / "cache" / "keys").glob("*/*"))  # the index has them
+    assert len(list((tmp_path / "cache" / "keys").glob("*/*"))) == 1  # of all images
 
 
 CUT = {"folder", "tar", "stored zip"}  # that hold an image of no use
+
+
+def test_other_settings_that_decode_nothing_anew_read_no_image(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(value_range, "HEADERS_READ", 0)
+    config = configured(folder(tmp_path / "set"), channels=1, loss_mask="none")
+    index(config, annotations=("text",))
+    reads.clear()
+    other = index(replace(config, holdout=0.4), annotations=())
+    assert not other.is_kept
+    assert not [name for name in reads if name.endswith((".png", ".jpg")) and "cut" not in name]
+    index(replace(config, holdout=0.4, bits=16), annotations=())
+    assert [name for name in reads if name.endswith((".png", ".jpg"))]  # other pixels
 
 
 def test_an_index_that_was_interrupted_reads_no_image_twice(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SLOW_S = 0.5  # what took less is made again as fast
 KEPT = 2  # of each source and configuration
-FORMAT = 1  # raised when columns change
+FORMAT = 2  # raised when columns change
 TABLE, CHECK, FACTS = "table.arrow", "check", b"sfumato"
 
 
@@ -68,10 +68,6 @@ class Place:
     def load(self, state: SourceState) -> Stored | None:
         """Return what is kept of a state; None if there is nothing, or it is damaged."""
         return _load(self._folder / state.hash)
-
-    def newest(self) -> Stored | None:
-        """Return what was kept last, of whatever state."""
-        return next(filter(None, map(_load, self._newest_first())), None)
 
     def save(self, state: SourceState, make: Callable[[], tuple[Columns, Facts]]) -> None:
         """Keep the columns and facts that `make` returns; if that fails, only time is lost."""
@@ -311,24 +307,29 @@ class KeyStore:
         name = hashlib.sha256(f"{FORMAT} {path}".encode(errors="surrogatepass")).hexdigest()[:32]
         self._folder = files.cache_folder() / "keys" / name
 
-    def save(self, keys: NDArray[np.bytes_], identities: NDArray[np.int64]) -> None:
-        """Keep the keys of some images; if that fails, only time is lost."""
+    def save(
+        self, keys: NDArray[np.bytes_], identities: NDArray[np.int64], *, replaces: bool = False
+    ) -> None:
+        """Keep the keys of some images; if that fails, only time is lost.
+
+        Args:
+            replaces: whether these are all images, so that what was kept before is not needed.
+        """
+        older = list(self._folder.glob("*")) if replaces else []
         if len(keys):
             pa = arrow()
             with contextlib.suppress(OSError):
                 columns = {"key": hashes(keys), "identity": pa.array(identities)}
                 table = pa.table(columns).replace_schema_metadata({FACTS: "{}"})
                 write_folder(self._folder / uuid.uuid4().hex, table)
+                for folder in older:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def load(self) -> list[Stored]:
         """Return all that is kept."""
         with contextlib.suppress(OSError):
             return [*filter(None, map(_load, sorted(self._folder.iterdir())))]
         return []
-
-    def forget(self) -> None:
-        """Remove what is kept, once an index holds it."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class KnownKeys:

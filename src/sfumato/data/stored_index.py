@@ -86,8 +86,7 @@ class StoredIndex:
         """Return the keys of images whose files are as they were when they were last read."""
         if not self._trusts:
             return KnownKeys()
-        newest = self._place.newest()
-        return KnownKeys([*self._keys.load(), *([] if newest is None else [newest])])
+        return KnownKeys(self._keys.load())
 
     def save_keys(self, read: ReadPart) -> None:
         """Keep the keys of the images that were read, so that these need not be read again."""
@@ -105,7 +104,7 @@ class StoredIndex:
             return
         if self._watch.is_lasting(self._config.source, state):
             self._place.save(state, lambda: (_all_columns(dataset, read), _facts(dataset)))
-            self._keys.forget()
+            self._keys.save(*read.known(), replaces=True)
 
 
 def _all_columns(dataset: Dataset, read: ReadPart) -> dict[str, pyarrow.Array]:
@@ -113,7 +112,6 @@ def _all_columns(dataset: Dataset, read: ReadPart) -> dict[str, pyarrow.Array]:
         **encode(dataset.entries),
         **_columns(dataset),
         "key": hashes(read.keys[read.good]),
-        "identity": arrow().array(read.identities[read.good]),
     }
 
 
