@@ -292,12 +292,12 @@ def _holdout_line(run: Run, dataset: Dataset) -> str:
 
 def _named_groups(dataset: Dataset) -> str:
     """Name the images of the first groups of near-duplicates."""
-    groups = [np.flatnonzero(dataset.clusters == group) for group in np.unique(dataset.clusters)]
-    alike = [group for group in groups if len(group) > 1]
+    alike = np.flatnonzero(np.bincount(dataset.clusters) > 1)
+    shown = [np.flatnonzero(dataset.clusters == group) for group in alike[:GROUPS_SHOWN]]
     names = [
         ", ".join(dataset.entries[i].name for i in group[:GROUP_NAMES])
         + (", ..." if len(group) > GROUP_NAMES else "")
-        for group in alike[:GROUPS_SHOWN]
+        for group in shown
     ]
     more = len(alike) - len(names)
     return "; ".join(names) + (f"; and {more} more groups" if more else "")
