@@ -44,8 +44,10 @@ def lock_file(file: IO[str]) -> None:
 
     Raises:
         BlockingIOError: if another process holds it.
-        OSError: if the file system has no locks.
+        OSError: if the system or the file system has no locks.
     """
+    if fcntl is None:
+        raise OSError("this system has no file locks")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except PermissionError as error:  # EACCES, as some systems say

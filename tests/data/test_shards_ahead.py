@@ -212,6 +212,13 @@ def test_what_a_store_breaks_off_is_fetched_again(store: Store, kind: type[Cut])
     assert min(failed.values()) == 3
 
 
+def test_files_are_fetched_where_there_are_no_locks(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfumato.platform.fcntl", None)
+    assert files.local(f"{URL}/00.tar").read_bytes() == tar(0)
+
+
 def test_a_store_that_is_gone_ends_reading_and_leaves_out_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
