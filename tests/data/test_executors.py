@@ -150,7 +150,7 @@ def findable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("cluster", ["dask", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_cluster_whose_worker_is_killed_makes_the_same_index(
     cluster: Cluster, photos: Path, expected: Any, decoded: list[bytes], tmp_path: Path, findable: None,
 ) -> None:  # fmt: skip

@@ -316,3 +316,18 @@ def test_a_tar_behind_http_that_is_cut_short_at_first(
     here = index(DataConfig(source=WebDataset(str(place / "a.tar")), resolution=SIDE, cache="off"))
     assert there.fingerprint == here.fingerprint
     assert Quiet.asked["/a.tar"] >= 2
+
+
+def test_readers_that_are_killed_while_they_hold_a_lock_hold_nothing_up(store: Store) -> None:
+    dataset = opened(shuffle="window", window=2, workers=2)
+    plan = dataset.plan(seed=0, batch_size=BATCH)
+    supply = Supply(dataset, plan, start=0, say=print, world=World())
+    next(supply)
+    iterator: Any = supply._batches
+    held = iterator._workers_done_event._cond  # as by a reader that looks whether it shall end
+    assert held.acquire(timeout=30)
+    closing = threading.Thread(target=supply.close, daemon=True)
+    del iterator
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()

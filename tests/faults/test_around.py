@@ -520,7 +520,7 @@ def test_pipes_in_the_place_of_images_are_unreadable_and_do_not_hang(
     run = pixel.lab.new("pipes")
     child = pixel.lab.start(
         "train", pixel.recipe, "--run", run, f"data.source.path={folder}", *readers,
-        "budget.steps=300",
+        "budget.steps=80",
     )  # fmt: skip
     child.until(lambda: has_step(run, 5))
     for file in folder.rglob("*.png"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -84,8 +85,13 @@ class Supply:
         self._ahead.close()
 
     def _close_readers(self) -> None:
-        for process in getattr(self._batches, "_workers", ()):
+        readers = getattr(self._batches, "_workers", ())
+        for process in readers:
             process.kill()
+        if readers:
+            # one that was killed may hold the lock of the event by which the iterator ends its readers,
+            # and would wait for it for ever
+            vars(self._batches)["_workers_done_event"] = threading.Event()
         self._batches = None
 
     def _restart(self, error: Exception) -> None:
