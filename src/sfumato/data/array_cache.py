@@ -218,6 +218,7 @@ class Writer:
 
     def discard(self) -> None:
         """Remove the segment without a trace."""
+        self._lines = {}
         for file in self._files.values():
             file.close()
         shutil.rmtree(self.temporary, ignore_errors=True)

@@ -239,7 +239,9 @@ def _read(
     begins = range(0, count, size)
     try:
         for begin, part in zip(
-            begins, forked_map(work, begins, chunk=1, images=size, on_wait=tell), strict=True
+            begins,
+            forked_map(work, begins, chunk=1, images=size, on_wait=tell, on_stop=tally.stop),
+            strict=True,
         ):
             read.insert(begin, part)
     finally:

@@ -86,6 +86,7 @@ def forked_map(
     chunk: int = CHUNK,
     images: int = 1,
     on_wait: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> Iterator[Out]:
     """Yield function(item) for each item, in order, as `ordered_map` does, computed by processes where
     there are many items: the interpreter's lock lets threads read small images no faster than one.
@@ -97,6 +98,7 @@ def forked_map(
         chunk: items that a process is given at once.
         images: about how many images an item is.
         on_wait: is called twice a second where processes are waited for.
+        on_stop: is called before processes are waited for that have work left.
     Raises:
         Interrupted: as `ordered_map`.
         DataError: if processes die again and again, as they do for want of memory.
@@ -108,7 +110,7 @@ def forked_map(
     done = broken = 0
     while done < len(parts):
         try:
-            for result in _by_processes(function, parts[done:], on_wait):
+            for result in _by_processes(function, parts[done:], on_wait, on_stop):
                 yield from result
                 done, broken = done + 1, 0
         except BrokenProcessPool:
@@ -122,7 +124,10 @@ def forked_map(
 
 
 def _by_processes(
-    function: Callable[[In], Out], parts: Sequence[Sequence[In]], on_wait: Callable[[], None]
+    function: Callable[[In], Out],
+    parts: Sequence[Sequence[In]],
+    on_wait: Callable[[], None],
+    on_stop: Callable[[], None],
 ) -> Iterator[list[Out]]:
     global _forked
     _forked = function
@@ -131,6 +136,11 @@ def _by_processes(
     )
     try:
         yield from _in_order(pool, _in_process, iter(parts), on_wait)
+    except BrokenProcessPool:
+        raise
+    except BaseException:
+        on_stop()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         _forked = None

@@ -93,7 +93,11 @@ class Segment:
     """
 
     def __init__(
-        self, folder: Path, head: Mapping[str, Any], rows: NDArray[Any], facts: NDArray[np.uint8]
+        self,
+        folder: Path,
+        head: Mapping[str, Any],
+        rows: NDArray[Any],
+        facts: NDArray[np.uint8] | Path,
     ) -> None:
         self.names: list[str] = list(head["names"])
         self.files = [f"{folder.name}/{file}" for file in head["files"]]
@@ -112,17 +116,21 @@ class Segment:
             lines = map(json.loads, (folder / LINES).read_text().splitlines())
             return cls(folder, *_packed((key, facts, arrays) for key, facts, arrays in lines))
         head = json.loads((folder / HEAD).read_text())
-        rows = np.load(folder / ROWS, mmap_mode="r", allow_pickle=False)
+        # not mapped: each map is an open file, of which a process may have a thousand
+        rows = np.load(folder / ROWS, allow_pickle=False)
         facts = np.memmap(folder / FACTS, np.uint8, "r")
         if [_check(rows.view(np.uint8)), _check(facts)] != head["checks"]:
             raise ValueError("records differ from what was written")
-        return cls(folder, head, rows, facts)
+        return cls(folder, head, rows, folder / FACTS)
 
     def facts(self, places: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
         """Yield the facts of some records."""
         begins, lengths = self.rows["begin"][places].tolist(), self.rows["length"][places].tolist()
+        facts = (
+            np.memmap(self._facts, np.uint8, "r") if isinstance(self._facts, Path) else self._facts
+        )
         for begin, length in zip(begins, lengths, strict=True):
-            yield dict(json.loads(self._facts[begin : begin + length].tobytes()))
+            yield dict(json.loads(facts[begin : begin + length].tobytes()))
 
     def place(self, number: int, name: str) -> Place | None:
         """Return where one array of one record is."""

@@ -68,10 +68,11 @@ class Mirror:
         steps = sorted(path for path in (self.run / CHECKPOINTS).glob("step-?????????"))
         for path in self._files():
             self._send(system, root, path)
-        for step in steps:
+        for step in reversed(steps):
             self._send_checkpoint(system, root, step)
         kept = {step.name for step in steps}
-        for name in self._steps(system, root) - kept if kept else ():
+        # older ones stay until one of these is whole there
+        for name in self._steps(system, root) - kept if kept & set(self._checkpoints) else ():
             place = f"{root}/{CHECKPOINTS}/{name}"
             if self._try(partial(system.exists, f"{place}/{MANIFEST}")):
                 self._try(partial(system.rm_file, f"{place}/{MANIFEST}"))
