@@ -129,9 +129,10 @@ def check(
 def _findings(inspection: Inspection, kinds: Mapping[str, Kind]) -> list[str]:
     """Return what was found, as lines of text."""
     figures = inspection.figures
+    measured = "" if inspection.share == 1 else f"{figures['measured']} measured, "
     lines = [
         *(inspection.ledger.lines() if inspection.ledger else ()),
-        f"{figures['images']} images, {figures['readable']} readable, "
+        f"{figures['images']} images, {measured}{figures['readable']} readable, "
         f"{figures.get('distinct', 0)} without copies",
     ]
     for kind, names in inspection.files().items():

@@ -331,7 +331,8 @@ def _fetch(url: str) -> Path:
     """Return the copy of a file, which is fetched unless it is there.
 
     Raises:
-        FileNotFoundError, PermissionError: if there is no such file, or it may not be read.
+        FileNotFoundError: if the file does not exist.
+        PermissionError: if the store refuses to read it.
         DataError: if it cannot be fetched, also not after a while.
     """
     target = _target(url)

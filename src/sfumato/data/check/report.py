@@ -92,6 +92,9 @@ def _page(inspection: Inspection, rejects: dict[str, str]) -> str:
     sections = []
     for kind, names in files.items():
         groups = inspection.groups.get(kind, [])[:MAX_GROUPS]
+        of = (
+            "images" if kind in ("unnamed", "left_out") else "measured"
+        )  # said by the listing alone
         rows = [[_tile(inspection, i) for i in group[:6]] for group in groups]
         if not rows and kind in inspection.issues:
             rows = [[_tile(inspection, i) for i in inspection.issues[kind][:MAX_TILES]]]
@@ -101,7 +104,7 @@ def _page(inspection: Inspection, rejects: dict[str, str]) -> str:
                 "about": KINDS[kind],
                 "names": names,
                 "rows": rows,
-                "share": len(names) / max(1, inspection.figures["images"]),
+                "share": len(names) / max(1, inspection.figures[of]),
             }
         )
     clusters = [
