@@ -30,9 +30,10 @@ import numpy as np
 from machine import machine, options, report
 from PIL import Image
 
-from sfumato.data import DataConfig, WebDataset, files, index
+from sfumato.data import DataConfig, WebDataset, index
 from sfumato.data.shards_ahead import ShardsAhead
 from sfumato.distributed import World
+from sfumato.storage.cache_folder import cache_folder
 from sfumato.training.supply import Supply
 
 LATENCY_S, BYTES_A_SECOND, IMAGES_A_SECOND, BATCH = 0.05, 1.5e6, 20, 8
@@ -86,7 +87,7 @@ def waits(url: str, steps: int, *, ahead: bool) -> dict[str, Any]:
         shuffle="window", window=WINDOW, near_duplicates="off",
     )  # fmt: skip
     dataset = index(config)
-    remote = files.cache_folder() / "remote"
+    remote = cache_folder() / "remote"
     largest = max(path.stat().st_size for path in remote.iterdir())
     shutil.rmtree(remote)
     os.environ["SFUMATO_REMOTE_GIB"] = str((2 * WINDOW + 0.5) * largest / 2**30)

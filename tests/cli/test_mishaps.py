@@ -15,7 +15,7 @@ import torch
 from sfumato.cli.main import app
 from sfumato.cli.system_errors import REASONS, in_words
 from sfumato.data import Dataset
-from sfumato.data.files import remote_limit_bytes
+from sfumato.data.remote import limit_bytes
 from sfumato.errors import DataError, RunError
 from sfumato.evaluation.classifier import train_classifier
 from sfumato.generation.diffusion_model import SamplingConfig
@@ -201,7 +201,7 @@ def test_a_limit_in_the_environment_that_is_not_a_number_is_refused(
 ) -> None:
     monkeypatch.setenv("SFUMATO_REMOTE_GIB", said)
     with pytest.raises(DataError, match=r"^SFUMATO_REMOTE_GIB: "):
-        remote_limit_bytes()
+        limit_bytes()
 
 
 def test_a_taken_run_is_refused_before_the_data_are_read(

@@ -7,15 +7,28 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sfumato.data import DataConfig, Dataset, Folder, array_cache, index, pixel_store
 from sfumato.data.array_cache import ArrayCache, RowReader, Writer
-from sfumato.data.segment_records import FACTS, HEAD, LINES, ROWS, Records, stored_keys
+from sfumato.data.segment_records import (
+    FACTS,
+    HEAD,
+    LINES,
+    ROWS,
+    Records,
+    Segment,
+    row_type,
+    stored_keys,
+)
 from sfumato.errors import DataError
 from sfumato.storage import atomic
 from tests.helpers.containers import put
@@ -486,3 +499,30 @@ def test_records_are_found_as_in_a_dictionary(home: Path) -> None:
     wanted = list(expected)[::-1]
     assert store.records.facts(stored_keys(wanted)) == [expected[name] for name in wanted]
     assert len(store.records) == len(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 40), max_size=12, unique=True), max_size=14),
+    st.lists(st.booleans(), min_size=14, max_size=14),
+)
+def test_records_of_segments_that_are_added_one_by_one_are_those_of_a_dictionary(
+    segments: list[list[int]], looks: list[bool]
+) -> None:
+    records, expected = Records(), dict[str, tuple[int, int]]()
+    for number, keys in enumerate(segments):
+        rows = np.zeros(len(keys), row_type([]))
+        rows["key"] = stored_keys([str(key) for key in keys])
+        head = {"names": [], "files": []}
+        records.add(Segment(Path(f"segment-{number}"), head, rows, np.empty(0, np.uint8)))
+        expected |= {str(key): (number, row) for row, key in enumerate(keys)}
+        if looks[number]:  # which sorts what was added since
+            found, rows_ = records.find(stored_keys([str(key) for key in range(42)]))
+            assert list(zip(found.tolist(), rows_.tolist(), strict=True)) == [
+                expected.get(str(key), (-1, 0)) for key in range(42)
+            ]
+    assert len(records) == len(list(records)) == len(expected)
+    assert all(key in records for key in expected)
+    lengths = [len(run.keys) for run in records._runs]
+    assert all(older >= 2 * newer for older, newer in pairwise(lengths))
+    assert len(deepcopy(records)) == len(expected)  # as when it is pickled

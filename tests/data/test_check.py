@@ -662,3 +662,8 @@ def test_of_a_large_set_a_sample_of_each_category_is_measured_and_it_is_said(
     assert "at most 11.0%" in remark
     assert found.ledger is not None
     assert found.ledger.balanced
+    assert "80 images used (40 of them were not opened)" in found.ledger.line()
+    assert found.figures["categories"]["counts"] == {"a": 60, "b": 20}
+    written = write(found, tmp_path / "report")
+    assert "of the 40 images that were measured, of 80" in written[2].read_text()
+    assert "were measured" not in write(whole, tmp_path / "whole")[2].read_text()

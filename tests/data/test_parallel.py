@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sfumato.data import DataConfig, Folder, index, parallel
-from sfumato.data.parallel import forked_map, ordered_map
+from sfumato.data.parallel import Tally, forked_map, ordered_map
 from sfumato.errors import DataError
 from tests.helpers.image_bytes import encode, noise
 
@@ -107,3 +107,30 @@ def test_an_index_made_by_processes_is_that_of_threads(
         pixels = dataset.images(np.arange(60)).pixels.numpy().tobytes()
         found.append((dataset.fingerprint, dataset.ids, pixels, dataset.summary()))
     assert found[0] == found[1]
+
+
+def test_a_process_that_is_killed_while_it_counts_holds_up_no_other() -> None:
+    tally, context = Tally(), multiprocessing.get_context("fork")
+
+    def count(times: int) -> None:
+        while times:
+            tally.add()
+            times -= 1
+
+    endless = context.Process(target=count, args=(-1,))
+    endless.start()
+    while not tally.count:
+        pass
+    endless.kill()
+    endless.join()
+    before = tally.count
+    others = [context.Process(target=count, args=(1000,)) for _ in range(3)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join(30)
+        assert process.exitcode == 0
+    assert tally.count == before + 3000
+    assert tally.add()
+    tally.stop()
+    assert not tally.add()

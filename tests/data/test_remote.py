@@ -23,6 +23,7 @@ from sfumato.data import (
     Zip,
     files,
     index,
+    remote,
     source_at,
 )
 from sfumato.data.listing import File
@@ -351,11 +352,11 @@ def vault(error: Callable[[str], Exception], *, at: str) -> type:
 @pytest.fixture
 def failing(home: Path) -> Iterator[Callable[..., None]]:
     def install(error: Callable[[str], Exception], at: str) -> None:
-        files.filesystem.cache_clear()
+        remote.filesystem.cache_clear()
         fsspec.register_implementation("vault", vault(error, at=at), clobber=True)
 
     yield install
-    files.filesystem.cache_clear()
+    remote.filesystem.cache_clear()
     fsspec.register_implementation("vault", fsspec.AbstractFileSystem, clobber=True)
 
 
@@ -374,7 +375,7 @@ ERRORS: list[Callable[[str], Exception]] = [
 def test_a_storage_that_refuses_is_an_error_without_its_secrets(
     suffix: str, at: str, error: Callable, failing: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "PAUSE_S", 0.0)
+    monkeypatch.setattr(remote, "PAUSE_S", 0.0)
     failing(error, at)
     with pytest.raises(DataError) as caught:
         opened(URL.format(suffix))
@@ -392,7 +393,7 @@ def test_a_storage_that_refuses_is_an_error_without_its_secrets(
 def test_a_image_that_cannot_be_fetched_is_an_error_without_secrets(
     error: Callable, failing: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "PAUSE_S", 0.0)
+    monkeypatch.setattr(remote, "PAUSE_S", 0.0)
     failing(error, "open")
     entries = Folder(URL.format("")).listing().entries
     assert len(entries) == 3
@@ -428,13 +429,13 @@ def test_an_interrupted_download_leaves_nothing(
     memory, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory.pipe_file("/bucket/a", bytes(5000))
-    monkeypatch.setattr(files, "PAUSE_S", 0.0)
+    monkeypatch.setattr(remote, "PAUSE_S", 0.0)
 
     def broken(*_: object) -> None:
         raise ConnectionError("reset by peer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_make_room", broken)
+        patch.setattr(remote, "_make_room", broken)
         with pytest.raises(DataError, match="reset by peer"):
             files.local("memory://bucket/a")
     assert list(home.iterdir()) == []
@@ -462,10 +463,10 @@ def test_paths_that_look_like_addresses_are_paths(
 def test_without_fsspec_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    files.filesystem.cache_clear()
+    remote.filesystem.cache_clear()
     monkeypatch.setitem(sys.modules, "fsspec", None)
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(DataError, match="nothing here can open memory://") as caught:
         source_at("memory://bucket/f")
     assert "sfumato[remote]" in caught.value.hint
-    files.filesystem.cache_clear()
+    remote.filesystem.cache_clear()

@@ -4,12 +4,15 @@ another sample in silence.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import shutil
 import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,11 +21,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from sfumato.data import DataConfig, Dataset, WebDataset, files, index, parallel
+from sfumato.data import DataConfig, Dataset, WebDataset, files, index, parallel, remote
 from sfumato.data.loader import batches
 from sfumato.data.shards_ahead import ShardsAhead
 from sfumato.distributed import World
 from sfumato.errors import DataError
+from sfumato.storage.cache_folder import cache_folder
 from sfumato.training.supply import Supply
 from tests.helpers.image_bytes import encode, noise
 
@@ -60,7 +64,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     from fsspec.implementations.memory import MemoryFileSystem
 
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "PAUSE_S", 0.001)
+    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
     monkeypatch.setattr(parallel, "MIN_FORKED", 10**9)  # what is fetched here is counted
     system = fsspec.filesystem("memory")
     system.store.clear()
@@ -121,7 +125,7 @@ def test_each_shard_is_fetched_once_in_an_epoch_where_the_disk_holds_two_windows
     assert dataset.shards.tolist() == sorted(dataset.shards)
     assert len(dataset.shards) == SHARDS
     limit(monkeypatch, 4.5)
-    shutil.rmtree(files.cache_folder() / "remote")
+    shutil.rmtree(cache_folder() / "remote")
     store.fetched.clear()
     said: list[str] = []
     epochs(dataset, 3, said.append)
@@ -140,7 +144,7 @@ def test_in_one_random_order_shards_are_fetched_again_and_again_and_it_is_said(
 ) -> None:
     dataset = opened()
     limit(monkeypatch, 4.5)
-    shutil.rmtree(files.cache_folder() / "remote")
+    shutil.rmtree(cache_folder() / "remote")
     store.fetched.clear()
     said: list[str] = []
     epochs(dataset, 1, said.append)
@@ -152,7 +156,7 @@ def test_a_disk_that_does_not_hold_two_windows_is_said(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = opened(shuffle="window", window=3)
-    shutil.rmtree(files.cache_folder() / "remote")
+    shutil.rmtree(cache_folder() / "remote")
     limit(monkeypatch, 3.5)
     said: list[str] = []
     epochs(dataset, 2, said.append)
@@ -199,7 +203,7 @@ class Reset(Cut):
 @pytest.mark.parametrize("kind", [Cut, Reset])
 def test_what_a_store_breaks_off_is_fetched_again(store: Store, kind: type[Cut]) -> None:
     expected = epochs(opened(shuffle="window", window=2), 1)
-    shutil.rmtree(files.cache_folder() / "remote")
+    shutil.rmtree(cache_folder() / "remote")
     failed: Counter[str] = Counter()
 
     def harm(name: str, file: Any) -> Any:
@@ -223,7 +227,7 @@ def test_a_store_that_is_gone_ends_reading_and_leaves_out_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = opened(shuffle="window", window=2)
-    shutil.rmtree(files.cache_folder() / "remote")
+    shutil.rmtree(cache_folder() / "remote")
     store.harm = lambda name, file: Reset(file, 0)
     with pytest.raises(DataError, match="cannot be reached: ConnectionResetError"):
         epochs(dataset, 1)
@@ -233,11 +237,11 @@ def test_a_store_that_is_gone_ends_reading_and_leaves_out_nothing(
 
 def test_a_shard_that_has_changed_gives_no_other_samples_in_silence(store: Store) -> None:
     dataset = opened(shuffle="window", window=2)
-    shutil.rmtree(files.cache_folder() / "remote")
+    shutil.rmtree(cache_folder() / "remote")
     known = {
         image.tobytes() for image in dataset.images(np.arange(len(dataset.entries))).pixels.numpy()
     }
-    shutil.rmtree(files.cache_folder() / "remote")
+    shutil.rmtree(cache_folder() / "remote")
     store.put(3, tar(3, first=500))
     plan = dataset.plan(seed=0, batch_size=BATCH)
     bad, supply = [], Supply(dataset, plan, start=0, say=print, world=World())
@@ -255,7 +259,7 @@ def test_a_shard_that_has_changed_gives_no_other_samples_in_silence(store: Store
 
 def test_a_shard_that_is_gone_is_a_loss_that_is_listed(store: Store) -> None:
     dataset = opened(shuffle="window", window=2)
-    shutil.rmtree(files.cache_folder() / "remote")
+    shutil.rmtree(cache_folder() / "remote")
     store.system.rm("/bucket/set/03.tar")
     plan = dataset.plan(seed=0, batch_size=BATCH)
     bad = []
@@ -266,7 +270,7 @@ def test_a_shard_that_is_gone_is_a_loss_that_is_listed(store: Store) -> None:
 
 def test_shards_come_before_they_are_needed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = opened(shuffle="window", window=2)
-    shutil.rmtree(files.cache_folder() / "remote")
+    shutil.rmtree(cache_folder() / "remote")
     plan = dataset.plan(seed=0, batch_size=BATCH)
     store.fetched.clear()
     ahead = ShardsAhead(dataset, plan, say=print)
@@ -276,7 +280,7 @@ def test_shards_come_before_they_are_needed(store: Store, monkeypatch: pytest.Mo
     ahead.close()
     order = [f"{shard:02d}.tar" for shards in plan.upcoming(0, 2) for shard in shards]
     assert sorted(store.fetched) == sorted(order)
-    monkeypatch.setattr(files, "_fetch_once", lambda *arguments: pytest.fail("fetched late"))
+    monkeypatch.setattr(remote, "_fetch_once", lambda *arguments: pytest.fail("fetched late"))
     for step in range(plan.upcoming(0, 1)[0].size * EACH // 2 // BATCH):
         dataset.images(dataset.epoch[plan.batch(step)])
 
@@ -301,7 +305,7 @@ def test_a_tar_behind_http_that_is_cut_short_at_first(
 ) -> None:
     pytest.importorskip("aiohttp")
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "PAUSE_S", 0.001)
+    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
     place = tmp_path / "served"
     place.mkdir()
     (place / "a.tar").write_bytes(tar(0))
@@ -331,3 +335,128 @@ def test_readers_that_are_killed_while_they_hold_a_lock_hold_nothing_up(store: S
     closing.start()
     closing.join(30)
     assert not closing.is_alive()
+
+
+class Gated:
+    """A file whose bytes come while a gate is open."""
+
+    def __init__(self, file: Any, gate: threading.Event, begun: threading.Event) -> None:
+        self._file, self._gate, self._begun, self.size = file, gate, begun, None
+
+    def read(self, count: int = -1) -> bytes:
+        self._begun.set()
+        self._gate.wait(30)
+        return self._file.read(100)
+
+    def __enter__(self) -> Gated:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def gated(store: Store) -> tuple[ShardsAhead, threading.Event]:
+    """A set whose first window is being fetched, and the gate by which the bytes come."""
+    dataset = opened(shuffle="window", window=2)
+    shutil.rmtree(cache_folder() / "remote")
+    gate, begun = threading.Event(), threading.Event()
+    store.harm = lambda name, file: Gated(file, gate, begun)
+    ahead = ShardsAhead(dataset, dataset.plan(seed=0, batch_size=BATCH), say=print)
+    ahead.follow(0)
+    assert begun.wait(30)
+    return ahead, gate
+
+
+def test_a_pause_waits_also_for_what_is_no_longer_wanted(store: Store) -> None:
+    ahead, gate = gated(store)
+    running = set(ahead._running)
+    ahead.follow(ahead._plan.size - 1)  # which wants other shards
+    threading.Timer(0.1, gate.set).start()
+    ahead.pause()
+    assert all(future.done() for future in running)
+    ahead.close()
+
+
+def test_what_is_being_fetched_at_the_end_is_given_up(store: Store) -> None:
+    ahead, gate = gated(store)
+    store.harm = lambda name, file: pytest.fail("fetched after the end")
+    closing = threading.Thread(target=ahead.close)
+    closing.start()
+    while not ahead._stop.is_set():
+        pass
+    gate.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert [*(cache_folder() / "remote").iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("window", "begun", "words"),
+    [(SHARDS, 2, "a window holds"), (2, 1, "before there were windows"), (2, 2, "")],
+)
+def test_windows_that_change_nothing_are_said(
+    store: Store, window: int, begun: int, words: str
+) -> None:
+    dataset = opened(shuffle="window", window=window)
+    plan = replace(dataset.plan(seed=0, batch_size=BATCH), version=begun)
+    said: list[str] = []
+    ShardsAhead(dataset, plan, say=said.append)
+    assert plan.is_windowed == (not words)
+    assert len(said) == bool(words)
+    assert all(words in line for line in said)
+
+
+class Refused(Exception):
+    """An answer to an HTTP request, as aiohttp raises it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status}, message='no'")
+        self.status = status
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 410, 451])
+def test_a_file_that_a_server_refuses_is_asked_for_once_and_is_one_that_cannot_be_read(
+    store: Store, status: int
+) -> None:
+    store.fetched.clear()
+
+    def harm(name: str, file: Any) -> Any:
+        raise Refused(status)
+
+    store.harm = harm
+    with pytest.raises(OSError, match=rf"memory://bucket/set/00.tar: {status}"):
+        files.local(f"{URL}/00.tar")
+    assert store.fetched == ["00.tar"]
+
+
+@pytest.mark.parametrize("status", [401, 408, 425, 429, 500, 503])
+def test_an_answer_that_may_pass_is_waited_for(store: Store, status: int) -> None:
+    left = [Refused(status)] * (remote.ATTEMPTS - 1)
+
+    def harm(name: str, file: Any) -> Any:
+        if left:
+            raise left.pop()
+        return file
+
+    store.harm = harm
+    assert files.local(f"{URL}/00.tar").read_bytes() == tar(0)
+    left += [Refused(status)] * remote.ATTEMPTS
+    with pytest.raises(DataError, match="cannot be reached"):
+        files.local(f"{URL}/01.tar")
+
+
+def test_a_full_disk_is_said_as_such(store: Store) -> None:
+    def harm(name: str, file: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.harm = harm
+    with pytest.raises(DataError, match="no room for it on this machine's disk") as caught:
+        files.local(f"{URL}/00.tar")
+    assert "SFUMATO_REMOTE_GIB" in caught.value.hint
+
+
+def test_locks_are_a_fixed_number_of_files(store: Store) -> None:
+    names = {hashlib.sha256(f"{URL}/{n}".encode()).hexdigest() for n in range(20_000)}
+    assert len({name[: remote.LOCK_DIGITS] for name in names}) <= 4096
+    files.local(f"{URL}/00.tar")
+    assert {len(path.name) for path in (cache_folder() / "remote-locks").iterdir()} == {3}

@@ -41,7 +41,7 @@ from sfumato.data.array_cache import RowReader
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
 from sfumato.data.frames import Brightest, Frame
 from sfumato.data.index_store import KnownKeys
-from sfumato.data.listing import Inline, Slice, ZipMember
+from sfumato.data.listing import Inline, Slice, ZipMember, containers
 from sfumato.data.sources.huggingface import Item
 from sfumato.data.sources.npz import ArrayImage
 from sfumato.data.sources.parquet import Cell
@@ -685,3 +685,24 @@ def test_files_elsewhere_are_known_by_their_numbers(tmp_path: Path, reads: list[
     (tmp_path / "set").rename(tmp_path / "moved")
     after = source_state.Identities().of(File(str(tmp_path / "moved" / "a" / "000.png")))
     assert before == after != first.of(File(str(tmp_path / "moved" / "a" / "002.png")))
+
+
+@pytest.mark.parametrize(
+    "blobs",
+    [
+        [Frame(Slice(f"{n // 3}.tar", n, 2), 3) for n in range(9)],
+        [Brightest(File(f"{n // 2}.tiff")) for n in range(9)],
+        [Frame(File("a.tiff"), 0), File("a.tiff"), File("b.png"), Inline(b"x"), Frame(Inline(b"x"), 1)],
+        [Slice("a.tar", 1, 2), Slice("a.tar", 3, 2), File("b.png")],
+        [Inline(b"x"), Inline(b"y")],
+    ],
+)  # fmt: skip
+def test_files_that_hold_images_are_the_same_in_a_list_and_in_columns(blobs: list[Blob]) -> None:
+    import pyarrow as pa
+
+    entries = [Entry(name=f"{number}", image=blob) for number, blob in enumerate(blobs)]
+    table = EntryTable(pa.table(encode(entries)))
+    inside = containers(entries)
+    for found in (containers(table), containers(table.take(np.arange(len(table))))):
+        assert ((found < 0) == (inside < 0)).all()
+        assert ((found[:, None] == found) == (inside[:, None] == inside)).all()

@@ -285,3 +285,22 @@ class Removing:
         if self.path.parent.name in args[0]:
             self.path.unlink(missing_ok=True)
         return self.system.put_file(*args, **options)
+
+
+def test_an_error_that_nobody_foresaw_ends_no_training_and_no_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def push(one: Mirror) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Mirror, "push", push)
+    background = BackgroundMirror(Mirror(URL, tmp_path))
+    for _ in range(2):
+        background.begin()
+        waiting = threading.Thread(target=background.wait, daemon=True)
+        waiting.start()
+        waiting.join(30)
+        assert not waiting.is_alive()
+        assert (
+            "the run itself is: RuntimeError: can't start new thread" in background.take_warning()
+        )

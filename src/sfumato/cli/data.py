@@ -348,10 +348,10 @@ def cache(
     ] = "",
 ) -> None:
     """Decode a run's images into the cache ahead of training."""
-    from sfumato.data.files import cache_folder
     from sfumato.recipes import resolve
     from sfumato.recipes.paths import with_absolute_paths
     from sfumato.runs.preparation import decode_on_cluster, decode_part, open_data
+    from sfumato.storage.cache_folder import cache_folder
     from sfumato.storage.output_paths import require_writable
 
     require_writable(

@@ -27,11 +27,11 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data import files
 from sfumato.data.choice import choose_evenly
 from sfumato.data.segment_records import DAMAGED, Line, Place, Records, Segment, write_records
 from sfumato.errors import DataError
 from sfumato.storage.atomic import atomic_file, commit, sweep, temporary_beside
+from sfumato.storage.cache_folder import cache_folder
 
 FORMAT = "3"
 
@@ -71,7 +71,7 @@ class ArrayCache:
     def open(cls, kind: str, transform: str) -> ArrayCache:
         """Open the cache of `kind` ("pixels", "latents", ...) for a transform described as text."""
         name = hashlib.sha256(f"{FORMAT} {transform}".encode()).hexdigest()[:24]
-        folder = files.cache_folder() / kind / name
+        folder = cache_folder() / kind / name
         sweep(folder)
         return cls.at(folder)
 
@@ -143,7 +143,7 @@ def verify_sample(kind: str, most: int) -> tuple[int, list[str]]:
     """
     keys = [
         (cache, key)
-        for folder in sorted((files.cache_folder() / kind).glob("*"))
+        for folder in sorted((cache_folder() / kind).glob("*"))
         for cache in [ArrayCache.at(folder)]
         for key in cache.records
     ]
@@ -337,4 +337,4 @@ def save_array(kind: str, identity: str, array: NDArray[Any]) -> None:
 
 
 def _array_file(kind: str, identity: str) -> Path:
-    return files.cache_folder() / kind / f"{identity}.npz"
+    return cache_folder() / kind / f"{identity}.npz"

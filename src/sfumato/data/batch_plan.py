@@ -28,8 +28,8 @@ class BatchPlan:
     Sample g is element g % size of epoch g // size. Batch k holds samples [k B, (k + 1) B),
     whatever the number of workers or processes; nothing is dropped or repeated, and a batch larger
     than the set holds its images several times. Images of one shape come in whole batches, except
-    for a few mixed batches at the end of an epoch; with a single shape the order does not depend on
-    B.
+    for a few mixed batches at the end of each window; with a single shape the order does not depend
+    on B.
 
     Attributes:
         shapes: of each image of the set, an index into the format's shapes, (size,); an image
@@ -59,7 +59,7 @@ class BatchPlan:
     @property
     def is_windowed(self) -> bool:
         """Whether the images of some shards come before those of others."""
-        return 0 < self.window < len(self.shards)
+        return 0 < self.window < len(self.shards) and self.version > 1
 
     def upcoming(self, sample: int, windows: int) -> list[NDArray[np.int64]]:
         """Return the numbers of the shards of the window that holds a sample, and of those after it."""

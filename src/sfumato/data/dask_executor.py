@@ -24,7 +24,7 @@ def run(
         client = _client(address, stack)
         left, pending = iter(enumerate(tasks)), dict[Any, int]()
         while True:
-            room = WAITING * max(1, len(client.scheduler_info()["workers"])) - len(pending)
+            room = WAITING * max(1, sum(client.nthreads().values())) - len(pending)
             for number, task in [each for _, each in zip(range(room), left, strict=False)]:
                 # two parts may be equal, and are two tasks all the same
                 pending[client.submit(work, task, pure=False, retries=RETRIES)] = number

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data.arrow import arrow
-from sfumato.data.listing import Blob, Entry, File, Inline, Slice, ZipMember
+from sfumato.data.listing import Blob, Entry, File, Inline, Slice, ZipMember, containers
 
 if TYPE_CHECKING:
     import pyarrow
@@ -91,6 +91,9 @@ class EntryTable(Sequence[Entry]):
 
     def containers(self) -> NDArray[np.int64]:
         """Return a number for the file that holds each image; see `listing.containers`."""
+        kinds = self._columns["image_kind"].unique().to_pylist()
+        if any("file" in _layout(_blob_kinds()[kind])[1] for kind in kinds):  # which has the path
+            return containers(list(self))
         paths = self._columns["image_path"]
         coded = paths if hasattr(paths, "indices") else paths.dictionary_encode()
         numbers: NDArray[np.int64] = np.array(coded.indices.fill_null(-1), np.int64)

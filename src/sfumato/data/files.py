@@ -7,25 +7,15 @@ it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
 import os
 import re
-import threading
-import time
-from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from collections import deque
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import unquote
 
-from sfumato.errors import DataError, redact_secrets
-from sfumato.platform import lock_file
-from sfumato.process import watchdog
-from sfumato.storage.atomic import atomic_path
+from sfumato.data import remote
 from sfumato.storage.output_paths import RESERVED
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
@@ -174,12 +164,12 @@ def explore(root: str) -> Walk:
 
 def exists(path: str) -> bool:
     """Return whether there is a file or folder at a path or URL."""
-    return bool(_query(path, "exists")) if is_url(path) else os.path.exists(path)
+    return bool(remote.ask(path, "exists")) if is_url(path) else os.path.exists(path)
 
 
 def is_folder(path: str) -> bool:
     """Return whether there is a folder at a path or URL."""
-    return bool(_query(path, "isdir")) if is_url(path) else os.path.isdir(path)
+    return bool(remote.ask(path, "isdir")) if is_url(path) else os.path.isdir(path)
 
 
 def local(path: str) -> Path:
@@ -190,7 +180,7 @@ def local(path: str) -> Path:
         DataError: if it cannot be fetched.
     """
     if is_url(path):
-        return _fetch(path)
+        return remote.fetch(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("a folder, pipe or device, not a file")
     return Path(path)
@@ -244,182 +234,7 @@ def failed_reads() -> int:
     return _failed_reads
 
 
-def cache_folder() -> Path:
-    """Return the folder of derived data, all of which can be made again.
-
-    It is $SFUMATO_CACHE, else `sfumato` in $XDG_CACHE_HOME, else ~/.cache/sfumato.
-    """
-    base = (
-        os.environ.get("SFUMATO_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato"
-    )
-    return Path(base)
-
-
-def remote_limit_bytes() -> int:
-    """Return how many bytes of remote files are kept: $SFUMATO_REMOTE_GIB, 20 GiB by default.
-
-    Raises:
-        DataError: if the variable is not a number.
-    """
-    setting = os.environ.get("SFUMATO_REMOTE_GIB") or "20"
-    try:
-        return int(float(setting) * 2**30)
-    except (ValueError, OverflowError):
-        raise DataError(
-            f"{setting!r} is not a number of GiB",
-            where="SFUMATO_REMOTE_GIB",
-            hint="set it to one, such as 20",
-        ) from None
-
-
-@lru_cache(maxsize=256)
-def filesystem(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, and the path in it."""
-    protocol = url.partition(":")[0]
-    try:
-        from fsspec.core import url_to_fs
-
-        result: tuple[Any, str] = url_to_fs(url)
-        return result
-    except (ImportError, ValueError) as error:
-        raise DataError(
-            f"nothing here can open {protocol}:// addresses ({error})",
-            where=f"{protocol}://",
-            hint="pip install 'sfumato[remote]', and the package that the message names (s3fs, "
-            "gcsfs, adlfs, ...)",
-        ) from None
-    except Exception as error:
-        raise _unreachable(url, error) from None
-
-
-if hasattr(os, "register_at_fork"):  # file systems do not work in a fork of their process
-    os.register_at_fork(after_in_child=filesystem.cache_clear)
-
-
-def _unreachable(url: str, error: Exception) -> DataError:
-    return DataError(
-        f"cannot be reached: {type(error).__name__}: {str(error)[:200]}",
-        where=url,
-        hint="check the address, the network and your credentials for it",
-    )
-
-
-def _query(url: str, question: str) -> Any:
-    """Ask remote storage a question; turn whatever exception it raises into a DataError."""
-    system, path = filesystem(url)
-    try:
-        return getattr(system, question)(path)
-    except Exception as error:
-        raise _unreachable(url, error) from None
-
-
 def _remote_walk(root: str) -> list[str]:
-    base = filesystem(root)[1].rstrip("/")
-    names = (name[len(base) + 1 :] for name in _query(root, "find"))
+    base = remote.filesystem(root)[1].rstrip("/")
+    names = (name[len(base) + 1 :] for name in remote.ask(root, "find"))
     return [name for name in names if name and not is_hidden(name.split("/"))]
-
-
-LOCK_POLL_S = 0.05
-ATTEMPTS, PAUSE_S = 4, 0.5  # of each file to fetch, and the first pause, which doubles
-_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-if hasattr(os, "register_at_fork"):  # a thread of the parent may hold one
-    os.register_at_fork(after_in_child=_locks.clear)
-
-
-def _fetch(url: str) -> Path:
-    """Return the copy of a file, which is fetched unless it is there.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        PermissionError: if the store refuses to read it.
-        DataError: if it cannot be fetched, also not after a while.
-    """
-    target = _target(url)
-    if _is_there(target):
-        return target
-    with _fetching(target.name):
-        if _is_there(target):  # meanwhile
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(ATTEMPTS):
-            try:
-                _fetch_once(url, target)
-                return target
-            except (FileNotFoundError, PermissionError) as error:  # of this file alone
-                raise type(error)(redact_secrets(f"{url}: {error}")) from None
-            except Exception as error:  # each store has its own
-                watchdog.beat()
-                if attempt == ATTEMPTS - 1 or isinstance(error, DataError):
-                    raise _unreachable(url, error) from None
-                time.sleep(PAUSE_S * 2**attempt)
-    raise AssertionError
-
-
-def touch(url: str) -> bool:
-    """Return whether a file behind a URL is here; it then leaves the disk after those that are not used."""
-    return _is_there(_target(url))
-
-
-def _target(url: str) -> Path:
-    return cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()
-
-
-def _is_there(target: Path) -> bool:
-    """Return whether a file is there, and note that it is used now: others leave the disk before it."""
-    with contextlib.suppress(FileNotFoundError):
-        os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
-        return True
-    return False
-
-
-@contextmanager
-def _fetching(name: str) -> Iterator[None]:
-    """Wait while another thread or process fetches a file."""
-    with _locks[name], ExitStack() as stack:
-        with contextlib.suppress(OSError):  # without locks, it may be fetched twice
-            place = cache_folder() / "remote-locks" / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(place.open("w"))
-            while not _locked(file):
-                watchdog.beat()
-                time.sleep(LOCK_POLL_S)
-        yield
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        lock_file(file)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _fetch_once(url: str, target: Path) -> None:
-    system, path = filesystem(url)
-    with atomic_path(target) as temporary:
-        with temporary.open("wb") as file, system.open(path, "rb") as remote:
-            expected = getattr(remote, "size", None)
-            while block := remote.read(1 << 20):
-                file.write(block)
-                watchdog.beat()
-        size = temporary.stat().st_size
-        _is_there(temporary)  # the system's own clock is coarser
-        if isinstance(expected, int) and size != expected:
-            raise OSError(f"ended after {size:,} of {expected:,} bytes")
-        _make_room(target.parent, size)
-
-
-def _make_room(folder: Path, size: int) -> None:
-    """Remove the least recently used files until `size` more bytes fit."""
-    cached = []
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process makes room too
-            if path.name[0] != ".":
-                cached.append((path.stat().st_atime_ns, path.stat().st_size, path))
-    excess = sum(entry[1] for entry in cached) + size - remote_limit_bytes()
-    for _, freed, path in sorted(cached):
-        if excess <= 0:
-            return
-        path.unlink(missing_ok=True)
-        excess -= freed

@@ -27,6 +27,7 @@ from sfumato.data.entry_table import EntryTable, NotStorable, encode
 from sfumato.data.listing import Entry, Listing, Reject, Source, SourceState, value_at
 from sfumato.data.source_state import state_of
 from sfumato.storage.atomic import atomic_folder, sweep
+from sfumato.storage.cache_folder import cache_folder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -63,7 +64,7 @@ class Place:
     def __init__(self, kind: str, settings: str) -> None:
         text = f"{FORMAT} {settings}".encode(errors="surrogatepass")
         name = hashlib.sha256(text).hexdigest()[:32]
-        self._folder = files.cache_folder() / kind / name
+        self._folder = cache_folder() / kind / name
 
     def load(self, state: SourceState) -> Stored | None:
         """Return what is kept of a state; None if there is nothing, or it is damaged."""
@@ -305,7 +306,7 @@ class KeyStore:
     def __init__(self, source: Source) -> None:
         path = os.path.realpath(getattr(source, "path", ""))
         name = hashlib.sha256(f"{FORMAT} {path}".encode(errors="surrogatepass")).hexdigest()[:32]
-        self._folder = files.cache_folder() / "keys" / name
+        self._folder = cache_folder() / "keys" / name
 
     def save(
         self, keys: NDArray[np.bytes_], identities: NDArray[np.int64], *, replaces: bool = False

@@ -47,6 +47,7 @@ class Ledger:
             array.
         total: how many there are.
         used: those that became images.
+        unread: of these, how many were not opened, since a sample was measured.
         sidecars: those that say something about images, by kind.
         left_out: names by reason.
         remarks: how the source was read, in whole sentences: folders, encodings, metadata.
@@ -58,9 +59,10 @@ class Ledger:
     sidecars: Mapping[str, int]
     left_out: Mapping[str, Sequence[str]]
     remarks: Sequence[str] = ()
+    unread: int = 0
 
     @classmethod
-    def of(cls, listing: Listing, unreadable: Sequence[Reject] = ()) -> Ledger:
+    def of(cls, listing: Listing, unreadable: Sequence[Reject] = (), *, unread: int = 0) -> Ledger:
         """Draw up the account of a listing, some of whose entries were unreadable or excluded."""
         left_out: dict[str, list[str]] = {}
         for reject in (*(reject for reject in listing.rejects if not reject.part), *unreadable):
@@ -73,6 +75,7 @@ class Ledger:
             sidecars=listing.sidecars,
             left_out=left_out,
             remarks=listing.remarks,
+            unread=unread,
         )
 
     @property
@@ -84,7 +87,8 @@ class Ledger:
 
     def line(self) -> str:
         """Summarize the account in one line."""
-        parts = [f"{self.total:,} {self.unit}: {self.used:,} images used"]
+        unread = f" ({self.unread:,} of them were not opened)" if self.unread else ""
+        parts = [f"{self.total:,} {self.unit}: {self.used:,} images used{unread}"]
         parts += [
             f"{count:,} {_singular(kind) if count == 1 else kind}"
             for kind, count in self.sidecars.items()
@@ -125,6 +129,7 @@ class Ledger:
             "unit": self.unit,
             "found": self.total,
             "used": self.used,
+            **({"unread": self.unread} if self.unread else {}),
             "beside": dict(self.sidecars),
             "left_out": left_out,
             "remarks": list(self.remarks),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import threading
 from collections import deque
@@ -22,6 +23,7 @@ Out = TypeVar("Out")
 CHUNK, AHEAD = 16, 8
 POLL_S = 0.5  # of waiting for a chunk, after which signals are looked at
 MIN_FORKED = 2000  # items, below which threads have done before processes are there
+TALLIES = 1024  # processes of a machine that count
 MOST_BROKEN = 3  # times in a row that processes are begun again after one has died
 
 _forked: Callable[[Any], Any] | None = None  # what processes do; they have it from their parent
@@ -51,22 +53,24 @@ def ordered_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[
 
 
 class Tally:
-    """A number that processes count up together, and a request to all of them to stop."""
+    """A number that processes count up together, and a request to all of them to stop.
+
+    There is no lock, which a process that is killed would hold for ever: each has its own count.
+    """
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        self._count, self._stops = context.Value("q", 0), context.RawValue("b", 0)
+        self._counts, self._stops = context.RawArray("q", TALLIES), context.RawValue("b", 0)
 
     def add(self) -> bool:
         """Count one more; return whether to go on."""
-        with self._count.get_lock():
-            self._count.value += 1
+        self._counts[os.getpid() % TALLIES] += 1
         return not self._stops.value
 
     @property
     def count(self) -> int:
         """What was counted so far."""
-        return int(self._count.value)
+        return sum(self._counts)
 
     def stop(self) -> None:
         """Ask all processes to stop."""
@@ -114,6 +118,7 @@ def forked_map(
                 yield from result
                 done, broken = done + 1, 0
         except BrokenProcessPool:
+            raise_if_requested()  # a signal to all processes has ended these, too
             broken += 1
             if broken > MOST_BROKEN:
                 raise DataError(

@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import re
+import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 HEAD, ROWS, FACTS = "segment.json", "records.npy", "facts.jsonl"
 LINES = "records.jsonl"  # of versions before, which had all in one file
 KEY = "S16"
+ROW_BITS = 40  # of the place of a record, above which is the number of its segment
 HASH = re.compile("[0-9a-f]{32}")
 # what is raised on a segment that is damaged
 DAMAGED = (
@@ -194,41 +196,85 @@ def _check(data: NDArray[np.uint8]) -> int:
     return zlib.crc32(np.ascontiguousarray(data).data)
 
 
+class _Sorted(NamedTuple):
+    """Keys in order, and where each is: segment and row in one number, (n,)."""
+
+    keys: NDArray[np.bytes_]
+    places: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, numbers: Iterable[int], segments: Sequence[Segment]) -> _Sorted:
+        """Sort the keys of segments, which have these numbers."""
+        places = [
+            (number << ROW_BITS) + np.arange(len(segment.rows), dtype=np.int64)
+            for number, segment in zip(numbers, segments, strict=True)
+        ]
+        return _in_order([segment.rows["key"] for segment in segments], places)
+
+    def merged(self, newer: _Sorted) -> _Sorted:
+        """Return these keys and newer ones; of equal ones, the newer comes last."""
+        return _in_order([self.keys, newer.keys], [self.places, newer.places])
+
+    def find(self, keys: NDArray[np.bytes_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Return which of some keys are here, and where these are; of equal ones, the last."""
+        if not len(self.keys):
+            return np.zeros(len(keys), np.bool_), np.empty(0, np.int64)
+        places = np.maximum(np.searchsorted(self.keys, keys, side="right") - 1, 0)
+        there: NDArray[np.bool_] = self.keys[places] == keys
+        return there, self.places[places[there]]
+
+
+def _in_order(keys: Sequence[NDArray[Any]], places: Sequence[NDArray[np.int64]]) -> _Sorted:
+    joined = np.concatenate(keys)
+    order = np.argsort(joined, kind="stable")
+    return _Sorted(joined[order], np.concatenate(places)[order])
+
+
 class Records(Mapping[str, Record]):
     """The records of all segments of a cache; of those with equal keys, the one in the last segment."""
 
     def __init__(self, segments: Sequence[Segment] = ()) -> None:
         self._segments = list(segments)
-        self._sorted: tuple[NDArray[np.bytes_], NDArray[np.int64]] | None = None
+        self._runs: list[_Sorted] = []  # in the order of the segments
+        self._indexed = 0  # segments
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[type[Records], tuple[list[Segment]]]:
+        return Records, (self._segments,)
 
     def add(self, segment: Segment) -> None:
         """Add those of a segment."""
-        self._segments.append(segment)
-        self._sorted = None
+        with self._lock:
+            self._segments.append(segment)
 
-    def _index(self) -> tuple[NDArray[np.bytes_], NDArray[np.int64]]:
-        """Return all keys in order, and where each is: segment and row in one number."""
-        if self._sorted is None:
-            keys = [segment.rows["key"] for segment in self._segments]
-            places = [
-                (number << 40) + np.arange(len(each), dtype=np.int64)
-                for number, each in enumerate(keys)
-            ]
-            joined = np.concatenate([np.empty(0, KEY), *keys])
-            order = np.argsort(joined, kind="stable")
-            where = np.concatenate([np.empty(0, np.int64), *places])[order]
-            self._sorted = joined[order], where
-        return self._sorted
+    def _index(self) -> list[_Sorted]:
+        """Return all keys as a few sorted columns, of which each is at least twice as long as the next, so
+        that adding segments one by one sorts a key a few times and not each time.
+        """
+        with self._lock:
+            new = self._segments[self._indexed :]
+            if new:
+                numbers = range(self._indexed, len(self._segments))
+                self._runs = [*self._runs, _Sorted.of(numbers, new)]
+                self._indexed = len(self._segments)
+            while len(self._runs) > 1 and len(self._runs[-2].keys) < 2 * len(self._runs[-1].keys):
+                *others, older, newer = self._runs
+                self._runs = [*others, older.merged(newer)]
+            return self._runs
+
+    def _distinct(self) -> NDArray[np.bytes_]:
+        """Return all keys, each once, in order."""
+        return np.unique(np.concatenate([np.empty(0, KEY), *(run.keys for run in self._index())]))
 
     def find(self, keys: NDArray[np.bytes_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the numbers of the segments that hold keys, (n,), -1 for none, and their rows there."""
-        known, where = self._index()
-        if not len(known):
-            return np.full(len(keys), -1), np.zeros(len(keys), np.int64)
-        places = np.maximum(np.searchsorted(known, keys, side="right") - 1, 0)
-        there = known[places] == keys
-        segments = np.where(there, where[places] >> 40, -1)
-        return segments, np.where(there, where[places] & ((1 << 40) - 1), 0)
+        found = np.full(len(keys), -1)
+        for run in self._index():
+            there, places = run.find(keys)
+            found[there] = places
+        return np.where(found < 0, -1, found >> ROW_BITS), np.where(
+            found < 0, 0, found & (1 << ROW_BITS) - 1
+        )
 
     def groups(
         self, keys: NDArray[np.bytes_]
@@ -270,11 +316,8 @@ class Records(Mapping[str, Record]):
         return bool(self.find(stored_keys([str(key)]))[0][0] >= 0)
 
     def __len__(self) -> int:
-        known = self._index()[0]
-        return int((known[1:] != known[:-1]).sum()) + 1 if len(known) else 0
+        return len(self._distinct())
 
     def __iter__(self) -> Iterator[str]:
-        known = self._index()[0]
-        distinct = np.concatenate([[True], known[1:] != known[:-1]]) if len(known) else known
-        for row in bytes_of(known[distinct]):
+        for row in bytes_of(self._distinct()):
             yield row.tobytes().hex()

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato import safe_unpickle
-from sfumato.data.files import cache_folder
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.networks.inception import inception_v3, is_inception
 from sfumato.networks.perceptual import (
@@ -23,6 +22,7 @@ from sfumato.networks.perceptual import (
     VisionTransformer,
     efficientnet_lite0,
 )
+from sfumato.storage.cache_folder import cache_folder
 from sfumato.transformers_models import from_transformers
 
 AT_ONCE = 250  # images

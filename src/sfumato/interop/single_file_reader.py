@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.condition import ContextSizes
-from sfumato.data.files import cache_folder
 from sfumato.diffusers_library import import_diffusers, quiet
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.foreign_models import CONFIG, PIPELINE, is_pipeline_folder
@@ -41,6 +40,7 @@ from sfumato.interop.single_file_layout import (
 from sfumato.networks.diffusers_models import DiffusersConfig, require_family
 from sfumato.networks.diffusers_weights import WEIGHTS
 from sfumato.storage.atomic import atomic_folder
+from sfumato.storage.cache_folder import cache_folder
 
 NOTES = "single_file.json"  # in a converted folder
 AVERAGES = "model_ema."

@@ -36,7 +36,6 @@ from sfumato.autoencoders.discriminator import PatchDiscriminator
 from sfumato.config.bounds import Count
 from sfumato.data import Dataset, PrecomputedLatents, to_float
 from sfumato.data.choice import choose_evenly
-from sfumato.data.files import cache_folder
 from sfumato.distributed import current
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.evaluation.distances import FEWEST, frechet_interval
@@ -45,6 +44,7 @@ from sfumato.networks.perceptual import Features
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.process.signals import poll
 from sfumato.storage import checkpoint
+from sfumato.storage.cache_folder import cache_folder
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import (
     Budget,

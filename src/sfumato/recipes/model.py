@@ -14,10 +14,10 @@ from sfumato.conditioners import (
     PretrainedTextConfig,
     TextEncoder,
 )
-from sfumato.data import files
 from sfumato.data.text_embedding_cache import EmbeddingStore
 from sfumato.generation.diffusion_model import Model
 from sfumato.recipes.run import Run
+from sfumato.storage.cache_folder import cache_folder
 
 
 def build_model(
@@ -47,5 +47,5 @@ def build_model(
 
 def text_encoder(config: PretrainedTextConfig | PipelineTextConfig) -> TextEncoder:
     """Build a pretrained text encoder whose embeddings are kept on disk."""
-    encoder = config.text_encoder(files.cache_folder() / "encoders")
+    encoder = config.text_encoder(cache_folder() / "encoders")
     return replace(encoder, cache=EmbeddingStore(encoder.identity))

@@ -21,6 +21,7 @@ from sfumato.errors import ConfigError
 from sfumato.recipes.paths import DATA, NAMES, path_entries
 from sfumato.recipes.run import Run
 from sfumato.storage.atomic import atomic_file
+from sfumato.storage.cache_folder import cache_folder
 
 SEAL = "local.json"  # in a run, beside its configuration
 ALLOW = "SFUMATO_ALLOW_HUB"  # set by --allow-hub
@@ -98,7 +99,7 @@ def _mac(text: str) -> str:
 
 def _key() -> bytes:
     """Return this machine's key, which is made when it is first needed."""
-    file = files.cache_folder() / "machine-key"
+    file = cache_folder() / "machine-key"
     with suppress(OSError):
         if len(key := file.read_bytes()) == 32:
             return key

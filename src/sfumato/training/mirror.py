@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sfumato.data.files import UnsafePath, check_relative, filesystem
+from sfumato.data.files import UnsafePath, check_relative
+from sfumato.data.remote import filesystem
 from sfumato.errors import CheckpointError, RunError, SfumatoError, redact_secrets
 from sfumato.process import watchdog
 from sfumato.storage.atomic import atomic_folder, atomic_path
@@ -86,8 +87,9 @@ class Mirror:
         """Make the copy equal to the run; return a warning if that fails, "" if not."""
         try:
             self.push()
-        except (SfumatoError, OSError) as error:
-            return f"warning: the mirror is not up to date, the run itself is: {error}"
+        except Exception as error:  # whatever a store raises, training goes on
+            name = "" if isinstance(error, SfumatoError | OSError) else f"{type(error).__name__}: "
+            return f"warning: the mirror is not up to date, the run itself is: {name}{error}"
         return ""
 
     def pull(self) -> Path:
@@ -260,8 +262,9 @@ class BackgroundMirror:
             self._is_due = True
             if self._thread is None:
                 # a process that must end does not wait: what is not whole there is not seen
-                self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def _run(self) -> None:
         while True:

@@ -91,6 +91,11 @@ class RunSaver:
             if warning := self.mirror.take_warning():
                 bar.say(warning)
 
+    def wait_for_mirror(self) -> None:
+        """Wait until all that was saved is copied, or could not be."""
+        if self.mirror is not None:
+            self.mirror.wait()
+
     def wait(self) -> None:
         """Wait for the checkpoint that is being written."""
         with suppress(CheckpointError, OSError):

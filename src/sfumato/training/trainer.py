@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -266,6 +266,7 @@ class Trainer:
                 self._whole and self.world.size == 1
             ):  # the main thread waits for data, or for a hook
                 self.saver.save_now()
+            self.saver.wait_for_mirror()
 
         guardian.seconds = 60 * self.config.stall_minutes
         number = "" if self.directory.writes else f"-{self.world.rank}"
@@ -314,12 +315,12 @@ class Trainer:
         afterwards.
         """
         self._resolve_precision(lambda line: None)
-        supply = self._supply(0)
         seconds: list[float] = []
-        while len(seconds) <= steps and sum(seconds) < LONG_S:
-            begun = time.perf_counter()
-            self.train_step(next(supply))
-            seconds.append(time.perf_counter() - begun)
+        with closing(self._supply(0)) as supply:
+            while len(seconds) <= steps and sum(seconds) < LONG_S:
+                begun = time.perf_counter()
+                self.train_step(next(supply))
+                seconds.append(time.perf_counter() - begun)
         return statistics.median(seconds[1:] or seconds)
 
     def _resolve_precision(self, say: Callable[[str], None]) -> Accelerable:

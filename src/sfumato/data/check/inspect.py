@@ -175,7 +175,7 @@ def inspect_data(
                 on_progress(number + 1, len(entries))
     if unreadable:
         result.reasons["unreadable"] = {reject.name: reject.reason for reject in unreadable}
-    result.ledger = Ledger.of(listing, unreadable)
+    result.ledger = Ledger.of(listing, unreadable, unread=len(listing.entries) - len(entries))
     places = np.array(positions, np.int64)
     result.figures.update(
         images=len(listing.entries),
@@ -191,7 +191,7 @@ def inspect_data(
         _risk(result, places, measurements, groups)
         _diversity(result, places, measurements)
     _captions(result, plan)
-    _categories(result, set(positions))
+    _categories(result, listing, set(positions))
     _size(result, plan)
     return result
 
@@ -478,6 +478,7 @@ def _captions(result: Inspection, plan: IntendedModel) -> None:
     openings = text.templates(everyone)
     over = {f"over_{limit}_tokens": int((lengths > limit).sum()) for limit in (77, 256, 512)}
     result.figures["captions"] = {
+        "images": len(entries),
         "captioned": len(captioned),
         "captions": len(everyone),
         "distinct": len(set(everyone)),
@@ -500,10 +501,16 @@ def _captions(result: Inspection, plan: IntendedModel) -> None:
         )
 
 
-def _categories(result: Inspection, readable: set[int]) -> None:
-    counts = Counter(
-        e.category for i, e in enumerate(result.entries) if e.category and i in readable
-    )
+def _categories(result: Inspection, listing: Listing, readable: set[int]) -> None:
+    """Count the readable images of each category; of a set of which a sample was measured, the listed
+    ones.
+    """
+    if result.share < 1:
+        counts = Counter(name for name in values(listing.entries, "category") if name)
+    else:
+        counts = Counter(
+            e.category for i, e in enumerate(result.entries) if e.category and i in readable
+        )
     if not counts:
         return
     shares = np.array(list(counts.values())) / sum(counts.values())

@@ -35,6 +35,7 @@ def write(inspection: Inspection, folder: Path) -> list[Path]:
     rejects = inspection.rejects()
     lines = [
         "# pass this file to training as data.exclude; a name, a tab, and why",
+        *_of_a_sample(inspection),
         *(f"{name}\t{reason}" for name, reason in rejects.items()),
     ]
     paths = {
@@ -52,6 +53,17 @@ def write(inspection: Inspection, folder: Path) -> list[Path]:
             f"cannot be written: {error}", where=str(folder), hint="name another folder with --out"
         ) from None
     return [folder / name for name in paths]
+
+
+def _of_a_sample(inspection: Inspection) -> list[str]:
+    """Say that only some images were measured; [] if all were."""
+    measured, total = (inspection.figures[name] for name in ("measured", "images"))
+    if measured == total:
+        return []
+    return [
+        f"# of the {measured:,} images that were measured, of {total:,}: training finds unreadable and "
+        "equal images among the others by itself"
+    ]
 
 
 def plain(inspection: Inspection) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from sfumato.data import files
 from sfumato.storage.atomic import atomic_file
+from sfumato.storage.cache_folder import cache_folder
 
 _spare_folder = lru_cache(maxsize=1)(lambda: tempfile.TemporaryDirectory(prefix="sfumato-"))
 
@@ -22,7 +22,7 @@ def build_once(folder: str, name: str, write: Callable[[BinaryIO], None]) -> Pat
     If the cache cannot be written to, the file is written for this process alone.
     """
     try:
-        return _write_once(files.cache_folder() / folder / name, write)
+        return _write_once(cache_folder() / folder / name, write)
     except OSError:
         return _write_once(Path(_spare_folder().name, name), write)
 

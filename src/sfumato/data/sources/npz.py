@@ -21,6 +21,7 @@ from sfumato.data.pixel_format import is_numeric
 from sfumato.data.split_names import TRAIN, split_of
 from sfumato.errors import DataError
 from sfumato.storage.atomic import atomic_file
+from sfumato.storage.cache_folder import cache_folder
 
 IMAGES, LABELS = (
     ("images", "image", "x", "samples", "imgs", "data", "arr_0"),
@@ -225,9 +226,7 @@ def _plain(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[
         return path, info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     _check_size(info, MAX_UNPACKED_BYTES)
     identity = f"{file.resolve()} {files.version_of_local(path)} {info.filename}"
-    target = (
-        files.cache_folder() / "arrays" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
-    )
+    target = cache_folder() / "arrays" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
     if not target.is_file():
         with atomic_file(target) as out, archive.open(info) as member:
             while block := member.read(1 << 20):

@@ -23,6 +23,7 @@ from sfumato.data.split_names import held_out_files
 from sfumato.data.tar_headers import plain_member
 from sfumato.errors import DataError
 from sfumato.storage.atomic import write_text
+from sfumato.storage.cache_folder import cache_folder
 
 MAX_MEMBERS, USUAL_MEMBERS = 1_000_000, 1_000  # of one shard
 MAX_HEADER_BYTES = 1 << 20  # of one member's extended header
@@ -203,9 +204,7 @@ def index_members(shard: str) -> tuple[list[Member], list[Reject]]:
         path = files.local(shard)
         identity = f"{path.resolve()} {files.version_of_local(shard)} 3"
         index_file = (
-            files.cache_folder()
-            / "tar-index"
-            / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+            cache_folder() / "tar-index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
         )
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
             stored = json.loads(index_file.read_text())

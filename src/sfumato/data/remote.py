@@ -1,0 +1,220 @@
+"""Files on remote storage, fetched on first use to a folder of limited size."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+from sfumato.errors import DataError, redact_secrets
+from sfumato.platform import lock_file
+from sfumato.process import watchdog
+from sfumato.storage.atomic import atomic_path
+from sfumato.storage.cache_folder import cache_folder
+
+LOCK_POLL_S = 0.05
+LOCK_DIGITS = 3  # of a file's name, by which it is locked: 4,096 locks for any number of files
+ATTEMPTS, PAUSE_S = 6, 0.5  # of each file to fetch, and the first pause, which doubles
+REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS = 408, 425, 429  # of HTTP, which may pass
+UNAUTHORIZED = 401
+NEVER = threading.Event()
+_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+if hasattr(os, "register_at_fork"):  # a thread of the parent may hold one
+    os.register_at_fork(after_in_child=_locks.clear)
+
+
+class FetchStopped(Exception):
+    """A file is no longer wanted."""
+
+
+def limit_bytes() -> int:
+    """Return how many bytes of remote files are kept: $SFUMATO_REMOTE_GIB, 20 GiB by default.
+
+    Raises:
+        DataError: if the variable is not a number.
+    """
+    setting = os.environ.get("SFUMATO_REMOTE_GIB") or "20"
+    try:
+        return int(float(setting) * 2**30)
+    except (ValueError, OverflowError):
+        raise DataError(
+            f"{setting!r} is not a number of GiB",
+            where="SFUMATO_REMOTE_GIB",
+            hint="set it to one, such as 20",
+        ) from None
+
+
+@lru_cache(maxsize=256)
+def filesystem(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path in it."""
+    protocol = url.partition(":")[0]
+    try:
+        from fsspec.core import url_to_fs
+
+        result: tuple[Any, str] = url_to_fs(url)
+        return result
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            f"nothing here can open {protocol}:// addresses ({error})",
+            where=f"{protocol}://",
+            hint="pip install 'sfumato[remote]', and the package that the message names (s3fs, "
+            "gcsfs, adlfs, ...)",
+        ) from None
+    except Exception as error:
+        raise _unreachable(url, error) from None
+
+
+if hasattr(os, "register_at_fork"):  # file systems do not work in a fork of their process
+    os.register_at_fork(after_in_child=filesystem.cache_clear)
+
+
+def _unreachable(url: str, error: Exception) -> DataError:
+    return DataError(
+        f"cannot be reached: {type(error).__name__}: {str(error)[:200]}",
+        where=url,
+        hint="check the address, the network and your credentials for it",
+    )
+
+
+def ask(url: str, question: str) -> Any:
+    """Call a method of a URL's file system; whatever it raises becomes a DataError."""
+    system, path = filesystem(url)
+    try:
+        return getattr(system, question)(path)
+    except Exception as error:
+        raise _unreachable(url, error) from None
+
+
+def fetch(url: str, stop: threading.Event = NEVER) -> Path:
+    """Return the copy of a file, which is fetched unless it is there.
+
+    Args:
+        stop: set by another thread once the file is no longer wanted.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        OSError: if the store refuses to read this file.
+        DataError: if it cannot be fetched, also not after a while, or there is no room for it.
+        FetchStopped: if `stop` is set.
+    """
+    target = _target(url)
+    if _is_there(target):
+        return target
+    with _fetching(target.name, stop):
+        if _is_there(target):  # meanwhile
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(ATTEMPTS):
+            try:
+                _fetch_once(url, target, stop)
+                return target
+            except (DataError, FetchStopped):
+                raise
+            except Exception as error:  # each store has its own
+                watchdog.beat()
+                _raise_if_lasting(url, error)
+                if attempt == ATTEMPTS - 1:
+                    raise _unreachable(url, error) from None
+                stop.wait(PAUSE_S * 2**attempt)
+    raise AssertionError
+
+
+def _raise_if_lasting(url: str, error: Exception) -> None:
+    """Raise what another attempt would end in, too: the store refuses this file, or the disk is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise DataError(
+            f"there is no room for it on this machine's disk: {error.strerror}",
+            where=url,
+            hint=f"free space in {cache_folder()}, name another folder by SFUMATO_CACHE, or let less be "
+            "kept by SFUMATO_REMOTE_GIB",
+        ) from None
+    reason = redact_secrets(f"{url}: {error}")
+    if isinstance(error, FileNotFoundError | PermissionError):
+        raise type(error)(reason) from None
+    status = getattr(error, "status", None)  # of an answer to an HTTP request
+    lasts = isinstance(status, int) and 400 <= status < 500
+    if lasts and status not in (UNAUTHORIZED, REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS):
+        raise OSError(reason) from None
+
+
+def touch(url: str) -> bool:
+    """Return whether a file behind a URL is here; it then leaves the disk after those that are not used."""
+    return _is_there(_target(url))
+
+
+def _target(url: str) -> Path:
+    return cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()
+
+
+def _is_there(target: Path) -> bool:
+    """Return whether a file is there, and note that it is used now: others leave the disk before it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
+        return True
+    return False
+
+
+@contextmanager
+def _fetching(name: str, stop: threading.Event) -> Iterator[None]:
+    """Wait while another thread or process fetches a file, or another one of the same lock."""
+    lock = name[:LOCK_DIGITS]
+    with _locks[lock], ExitStack() as stack:
+        with contextlib.suppress(OSError):  # without locks, it may be fetched twice
+            place = cache_folder() / "remote-locks" / lock
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(place.open("w"))
+            while not _locked(file):
+                if stop.is_set():
+                    raise FetchStopped
+                watchdog.beat()
+                time.sleep(LOCK_POLL_S)
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        lock_file(file)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _fetch_once(url: str, target: Path, stop: threading.Event) -> None:
+    system, path = filesystem(url)
+    with atomic_path(target) as temporary:
+        with temporary.open("wb") as file, system.open(path, "rb") as remote:
+            expected = getattr(remote, "size", None)
+            while block := remote.read(1 << 20):
+                if stop.is_set():
+                    raise FetchStopped
+                file.write(block)
+                watchdog.beat()
+        size = temporary.stat().st_size
+        _is_there(temporary)  # the system's own clock is coarser
+        if isinstance(expected, int) and size != expected:
+            raise OSError(f"ended after {size:,} of {expected:,} bytes")
+        _make_room(target.parent, size)
+
+
+def _make_room(folder: Path, size: int) -> None:
+    """Remove the least recently used files until `size` more bytes fit."""
+    cached = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            if path.name[0] != ".":
+                cached.append((path.stat().st_atime_ns, path.stat().st_size, path))
+    excess = sum(entry[1] for entry in cached) + size - limit_bytes()
+    for _, freed, path in sorted(cached):
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= freed
