@@ -14,7 +14,8 @@ from PIL import Image
 
 from sfumato.data import BucketConfig, DataConfig, Dataset, Digits, Folder, copies, index, to_float
 from sfumato.data.copies import NO_COPY, CopyIndex
-from sfumato.data.duplicates import clusters, thumbnail
+from sfumato.data.duplicates import clusters
+from sfumato.data.thumbnails import thumbnail
 from tests.helpers.image_bytes import encode
 from tests.helpers.image_sets import (
     CHANGES,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.data.duplicates import clusters, difference, stretch_contrast, thumbnail
+from sfumato.data.duplicates import clusters
 from sfumato.data.holdout import (
     MAX_GROUP_SHARE,
     assign_splits,
@@ -20,6 +20,8 @@ from sfumato.data.holdout import (
     take_half,
 )
 from sfumato.data.listing import Entry, Inline
+from sfumato.data.thumbnail_difference import difference
+from sfumato.data.thumbnails import stretch_contrast, thumbnail
 from sfumato.errors import DataError
 
 

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sfumato.data import duplicates, neighbours
-from sfumato.data.duplicates import clusters, signatures
+from sfumato.data import neighbours
+from sfumato.data.duplicates import clusters
 from sfumato.data.neighbours import nearest_points
+from sfumato.data.thumbnails import (
+    StoredThumbnails,
+    contrast_limits,
+    signatures,
+    stretch_contrast,
+)
 
 COUNT, PLANTED = 2500, 250
 
@@ -98,8 +104,8 @@ def test_equal_points_are_found_though_they_fill_cells(monkeypatch: pytest.Monke
 
 def test_stored_thumbnails_are_those_of_an_array() -> None:
     images = np.random.default_rng(2).integers(0, 60, (30, 32, 32, 3)).astype(np.uint8)
-    stored = duplicates.StoredThumbnails(images.__getitem__, np.arange(0, 30, 2))
-    expected = duplicates.stretch_contrast(images[::2], duplicates.contrast_limits(images[::2]))
+    stored = StoredThumbnails(images.__getitem__, np.arange(0, 30, 2))
+    expected = stretch_contrast(images[::2], contrast_limits(images[::2]))
     assert len(stored) == 15
     assert np.array_equal(stored[:], expected)
     assert np.array_equal(stored[np.array([3, 1])], expected[[3, 1]])

@@ -13,7 +13,7 @@ from sfumato.data import Folder
 from sfumato.data.check import IntendedModel, inspect_data, write
 from sfumato.data.check import risk as module
 from sfumato.data.check.risk import images_at_risk
-from sfumato.data.duplicates import signatures
+from sfumato.data.thumbnails import signatures
 
 
 def thumbnails(count: int, *, kinds: int = 12, seed: int = 0) -> np.ndarray:

@@ -16,15 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.data.dataset import Dataset
-from sfumato.data.duplicates import (
-    MIN_SIDE,
-    Floats,
-    contrast_limits,
-    near_duplicates,
-    signatures,
-    stretch_contrast,
-    thumbnail,
-)
+from sfumato.data.duplicates import MIN_SIDE, near_duplicates
+from sfumato.data.thumbnails import Floats, contrast_limits, signatures, stretch_contrast, thumbnail
 
 BYTES_READ_AT_ONCE = 2**26
 QUERIES_AT_ONCE, COMPARED_AT_ONCE = 1_000, 4_000  # images, and training images

@@ -9,114 +9,38 @@ or the colour of a face stay apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import product
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from sfumato.data.neighbours import nearest_points
 from sfumato.data.parallel import ordered_map
+from sfumato.data.thumbnail_difference import align, centred, difference, power
+from sfumato.data.thumbnails import (
+    CHUNK,
+    SIDE,
+    Floats,
+    Signatures,
+    StoredThumbnails,
+    Thumbnails,
+    signatures_of,
+)
 
 ALGORITHM = 5  # raised when a change regroups images
-SIDE = 32
 MIN_SIDE = 16  # pixels along the shorter side, under which a copy cannot be told from a look-alike
-NEIGHBOURS, DIMENSIONS = 8, 12
-FLAT = 6.0  # of 255: below this contrast, noise is not stretched
+NEIGHBOURS, DIMENSIONS, COMPONENTS = 8, 12, 48
 BLANK = 2.0  # of 255: deviation of a thumbnail's pixels, below which it shows nothing
 # Measured on 20,000 CIFAR-10 images and 4,495 emoji with planted copies (docs/benchmarks.md).
 # of signatures, for a closer look, and for one after alignment
 MIN_CORRELATION, MIN_CORRELATION_TO_ALIGN = 0.8, 0.87
-MAX_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
-ZOOMS, SHIFTS = (1.0, 1.035, 1.07, 1.105), (-1.0, -0.5, 0.0, 0.5, 1.0)
-MARGIN = 2  # pixels of a thumbnail at its rim, which an alignment may have to make up
-PLACES = np.arange(MARGIN, SIDE - MARGIN, 2)  # pixels that an alignment is judged by
-CHUNK = 4_000
+MAX_DIFFERENCE = 16.0
 PAIRS_AT_A_LOOK = 128  # of one thread: they stay in its cache
-PAIRS_AT_ONCE = 1_000  # each takes about 100 kB while it is compared
-# of the range of values: a set that uses less is stretched before its images are compared
-DIM = 0.5
-PERCENTILES = (0.1, 99.9)
-Floats = NDArray[np.float32]
-
-
-def thumbnail(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Scale pixels (C, H, W) of 8 or 16 bits to an RGB thumbnail (32, 32, 3) of the same dtype.
-
-    Near-duplicates are found by these.
-    """
-    colours = pixels[:3] if pixels.shape[0] >= 3 else np.repeat(pixels[:1], 3, axis=0)
-    if colours.dtype != np.uint8:
-        planes = [
-            Image.fromarray(plane.astype(np.float32)).resize(
-                (SIDE, SIDE), Image.Resampling.BILINEAR
-            )
-            for plane in colours
-        ]
-        result: NDArray[Any] = np.rint(
-            np.stack([np.asarray(plane) for plane in planes], axis=2)
-        ).astype(colours.dtype)
-        return result
-    interleaved = np.ascontiguousarray(colours.transpose(1, 2, 0))
-    if interleaved.shape[:2] == (SIDE, SIDE):
-        return interleaved
-    image = Image.fromarray(interleaved)
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-
-
-def stretch_contrast(
-    thumbnails: NDArray[Any], limits: tuple[float, float] | None = None
-) -> NDArray[np.uint8]:
-    """Convert thumbnails (N, 32, 32, 3) to 8 bits.
-
-    Args:
-        limits: the values that become 0 and 255; by default those of `contrast_limits`.
-    """
-    low, high = limits or contrast_limits(thumbnails)
-    if thumbnails.dtype == np.uint8 and (low, high) == (0, 255):
-        return thumbnails
-    values = np.rint((thumbnails.astype(np.float32) - low) * (255 / (high - low)))
-    result: NDArray[np.uint8] = values.clip(0, 255).astype(np.uint8)
-    return result
-
-
-def contrast_limits(thumbnails: NDArray[Any]) -> tuple[float, float]:
-    """Return the values that are black and white when the images of a set are compared.
-
-    A set that uses little of its range, as dim microscopy and star fields do, is stretched to all
-    of it; otherwise its images would seem flat and therefore alike.
-    """
-    most = float(np.iinfo(thumbnails.dtype).max)
-    sample = thumbnails[:: max(1, len(thumbnails) // 1000)]
-    low, high = np.percentile(sample, PERCENTILES) if len(sample) else (0.0, most)
-    if high - low >= DIM * most or high <= low:
-        return 0.0, most
-    return float(low), float(high)
-
-
-class Thumbnails(Protocol):
-    """Thumbnails (N, 32, 32, 3) of 8 bits, in memory or read on access."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, places: Any, /) -> NDArray[np.uint8]: ...
-
-
-class StoredThumbnails:
-    """Thumbnails that are read on access, with the contrast of the whole set stretched."""
-
-    def __init__(
-        self, read: Callable[[NDArray[np.int64]], NDArray[Any]], positions: NDArray[np.int64]
-    ) -> None:
-        self._read, self._positions = read, positions
-        self._limits = contrast_limits(read(positions[:: max(1, len(positions) // 1000)]))
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, places: Any, /) -> NDArray[np.uint8]:
-        return stretch_contrast(self._read(self._positions[places]), self._limits)
+PAIRS_AT_ONCE = 512  # that are given to one thread
+QUERIES = 1 << 16  # whose neighbours are looked at together
+SAMPLE = 20_000  # images whose principal components are taken
+SLACK = 0.01  # of the squares of signatures, for rounding to 16 bits
 
 
 def clusters(
@@ -190,11 +114,9 @@ def _choose_leaders(
             ).reshape(-1, 2)
             frontier = [
                 *direct,
-                *(
-                    further[
-                        _alike(thumbnails, further, np.ones(len(further), np.float32)), 1
-                    ].tolist()
-                ),
+                *further[
+                    _alike(thumbnails, further, np.ones(len(further), np.float32)), 1
+                ].tolist(),
             ]
             leader[frontier] = chosen
             free.difference_update(frontier)
@@ -221,14 +143,13 @@ def near_pairs(thumbnails: Thumbnails) -> NDArray[np.int64]:
     pairs = np.empty((0, 2), np.int64)
     if len(thumbnails) < 2:
         return pairs
-    values = signatures(thumbnails)
     candidates = queries = np.arange(len(thumbnails))
+    values = _SignaturesOnAccess(thumbnails)
     while len(queries):
-        near = candidates[_neighbours(values[candidates], np.searchsorted(candidates, queries))]
-        new_pairs = ordered_map(
-            lambda chosen: chosen[0][_alike(thumbnails, *chosen)],
-            list(_candidate_pairs(thumbnails, values, near)),
-        )
+        points = _points(thumbnails, candidates)
+        near = candidates[_neighbours(points, np.searchsorted(candidates, queries))]
+        parts = np.array_split(near, len(near) // PAIRS_AT_ONCE + 1)
+        new_pairs = ordered_map(lambda part: part[near_duplicates(thumbnails, values, part)], parts)
         pairs = np.concatenate([pairs, *new_pairs])
         candidates, queries = _crowded(components(len(thumbnails), pairs), candidates)
     return pairs
@@ -245,64 +166,100 @@ def _crowded(
     return np.sort(candidates[firsts]), candidates[firsts[sizes > NEIGHBOURS // 2]]
 
 
-def signatures(thumbnails: Thumbnails) -> Floats:
-    """Return 8 x 8 means of thumbnails (N, 32, 32, 3) without brightness and contrast: (N, 192)."""
-    result = np.empty((len(thumbnails), 8 * 8 * 3), np.float32)
+class _Points(NamedTuple):
+    """Signatures in fewer dimensions.
+
+    Attributes:
+        places: along the first principal components, (n, DIMENSIONS), by which neighbours are found.
+        components: along more of them, (n, COMPONENTS), by which neighbours are ruled out.
+        squares: of the lengths of the signatures, (n,).
+        flat: which say nothing, (n,).
+    """
+
+    places: Floats
+    components: NDArray[np.float16]
+    squares: Floats
+    flat: NDArray[np.bool_]
+
+
+def _points(thumbnails: Thumbnails, chosen: NDArray[np.int64]) -> _Points:
+    """Return the points of some thumbnails; no more than a chunk of signatures is held beside them."""
+    sample = signatures_of(thumbnails[chosen[:: max(1, len(chosen) // SAMPLE)]])
+    centre = sample.mean(0)
+    axes = np.linalg.eigh((sample - centre).T @ (sample - centre))[1].astype(np.float32)
+    result = _Points(
+        np.empty((len(chosen), DIMENSIONS), np.float32),
+        np.empty((len(chosen), COMPONENTS), np.float16),
+        np.empty(len(chosen), np.float32),
+        np.empty(len(chosen), bool),
+    )
 
     def fill(begin: int) -> None:
-        values = _means(thumbnails[begin : begin + CHUNK], SIDE // 8)
-        values = values.reshape(len(values), -1)
-        values -= values.mean(1, keepdims=True)
-        values /= np.maximum(values.std(1, keepdims=True), FLAT)
-        result[begin : begin + CHUNK] = values
+        span = slice(begin, begin + CHUNK)
+        values = signatures_of(thumbnails[chosen[span]])
+        result.places[span] = (values - centre) @ axes[:, -DIMENSIONS:]
+        result.components[span] = (values - centre) @ axes[:, -COMPONENTS:]
+        result.squares[span], result.flat[span] = np.square(values).sum(1), _are_flat(values)
 
-    for _ in ordered_map(fill, range(0, len(thumbnails), CHUNK)):
+    for _ in ordered_map(fill, range(0, len(chosen), CHUNK)):
         pass
     return result
 
 
-def _means(images: NDArray[Any], size: int) -> Floats:
-    """Return the means of size x size cells of images (n, H, W, C)."""
-    n, height, width, channels = images.shape
-    result: Floats = images.reshape(n, height // size, size, width // size, size, channels).mean(
-        (2, 4), dtype=np.float32
-    )
-    return result
+def _are_flat(values: Floats) -> NDArray[np.bool_]:
+    return np.asarray(np.abs(values).max(1) < 1, bool)
 
 
-def _neighbours(signatures: Floats, queries: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Pair the images at `queries` with their nearest neighbours in a few principal components.
+def _neighbours(points: _Points, queries: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Pair the images at `queries` with those of their nearest neighbours that may be alike.
 
     Pairs are (P, 2) with first < second.
     """
-    sample = signatures[:: max(1, len(signatures) // 20_000)]
-    centre = sample.mean(0)
-    axes = np.linalg.eigh((sample - centre).T @ (sample - centre))[1][:, -DIMENSIONS:]
-    points = (signatures - centre) @ axes.astype(np.float32)
-    count = min(NEIGHBOURS + 1, len(points))
-    nearest = nearest_points(points, queries, count)
-    pairs = np.stack([np.repeat(queries, count), nearest.reshape(-1)], axis=1)
-    return np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)
+    size = len(points.places)
+    count = min(NEIGHBOURS + 1, size)
+    nearest = nearest_points(points.places, queries, count)
+    codes = []
+    for begin in range(0, len(queries), QUERIES):
+        span = slice(begin, begin + QUERIES)
+        pairs = np.stack([np.repeat(queries[span], count), nearest[span].reshape(-1)], axis=1)
+        pairs = np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1)
+        pairs = pairs[_may_be_alike(points, pairs)]
+        codes.append(pairs[:, 0] * size + pairs[:, 1])
+    return np.stack(np.divmod(np.unique(np.concatenate(codes)), size), axis=1)
 
 
-def _candidate_pairs(
-    thumbnails: Thumbnails, signatures: Floats, pairs: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], Floats]]:
-    """Yield, in chunks, the pairs worth a closer look and the correlations of their signatures."""
-    for part in np.array_split(pairs, len(pairs) // CHUNK + 1):
-        correlation = _correlation(thumbnails, signatures, part)
-        chosen = np.flatnonzero(correlation > MIN_CORRELATION)
-        for few in np.array_split(chosen, len(chosen) // PAIRS_AT_A_LOOK + 1):
-            yield part[few], correlation[few]
+def _may_be_alike(points: _Points, pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which pairs may correlate by more than MIN_CORRELATION, as their distance in
+    COMPONENTS dimensions says, which is at most that in all; flat ones may in any case.
+    """
+    first, second = pairs[:, 0], pairs[:, 1]
+    difference = points.components[first].astype(np.float32) - points.components[second]
+    apart = np.square(difference).sum(1)
+    a, b = points.squares[first], points.squares[second]
+    most = a + b - 2 * MIN_CORRELATION * np.sqrt(a * b)
+    flat = points.flat[first] & points.flat[second]
+    return np.asarray((apart <= most + SLACK * (a + b)) | flat, bool)
 
 
-def _correlation(thumbnails: Thumbnails, signatures: Floats, pairs: NDArray[np.int64]) -> Floats:
+class _SignaturesOnAccess:
+    """Signatures of thumbnails, (N, 192), none of which is held."""
+
+    def __init__(self, thumbnails: Thumbnails) -> None:
+        self._thumbnails = thumbnails
+
+    def __getitem__(self, places: Any, /) -> Floats:
+        return signatures_of(self._thumbnails[places])
+
+
+def _correlation(
+    thumbnails: Thumbnails, signatures: Signatures, pairs: NDArray[np.int64]
+) -> Floats:
     """Return the correlation of the signatures of each pair, of pixels where these are flat."""
     first, second = signatures[pairs[:, 0]], signatures[pairs[:, 1]]
     correlation: Floats = (first * second).sum(1) / (
         np.sqrt(np.square(first).sum(1) * np.square(second).sum(1)) + 1e-6
     )
-    flat = np.flatnonzero((np.abs(first).max(1) < 1) & (np.abs(second).max(1) < 1))
+    flat = np.flatnonzero(_are_flat(first) & _are_flat(second))
     correlation[flat] = _fine_correlation(*(thumbnails[pairs[flat, column]] for column in (0, 1)))
     return correlation
 
@@ -313,15 +270,15 @@ def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Fl
     It is for images that coarse means do not tell apart, such as fields of many small things; 1
     where both are blank.
     """
-    a, b = _centre(first), _centre(second)
-    powers = _power(a)[:, 0, 0, 0], _power(b)[:, 0, 0, 0]
+    a, b = centred(first), centred(second)
+    powers = power(a)[:, 0, 0, 0], power(b)[:, 0, 0, 0]
     correlation: Floats = (a * b).mean((1, 2, 3)) / np.sqrt(powers[0] * powers[1] + 1e-6)
     correlation[np.maximum(*powers) < BLANK**2] = 1
     return correlation
 
 
 def near_duplicates(
-    thumbnails: Thumbnails, signatures: Floats, pairs: NDArray[np.int64]
+    thumbnails: Thumbnails, signatures: Signatures, pairs: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """Return whether the two images of each pair (P, 2) are near-duplicates, (P,).
 
@@ -329,10 +286,11 @@ def near_duplicates(
         thumbnails: (N, 32, 32, 3), with their `signatures`, (N, 192).
     """
     alike = np.zeros(len(pairs), bool)
-    for part in np.array_split(np.arange(len(pairs)), len(pairs) // PAIRS_AT_ONCE + 1):
-        correlation = _correlation(thumbnails, signatures, pairs[part])
-        chosen = correlation > MIN_CORRELATION
-        alike[part[chosen]] = _alike(thumbnails, pairs[part[chosen]], correlation[chosen])
+    for begin in range(0, len(pairs), PAIRS_AT_ONCE):
+        part = pairs[begin : begin + PAIRS_AT_ONCE]
+        correlation = _correlation(thumbnails, signatures, part)
+        chosen = np.flatnonzero(correlation > MIN_CORRELATION)
+        alike[begin + chosen] = _alike(thumbnails, part[chosen], correlation[chosen])
     return alike
 
 
@@ -341,102 +299,20 @@ def _alike(
 ) -> NDArray[np.bool_]:
     """Return whether the thumbnails of each pair show the same, as they are or after alignment."""
     alike = np.zeros(len(pairs), bool)
-    if len(pairs):
-        alike[:] = difference(thumbnails[pairs[:, 0]], thumbnails[pairs[:, 1]]) < MAX_DIFFERENCE
-    for columns in ((0, 1), (1, 0)):
-        undecided = np.flatnonzero(~alike & (correlation > MIN_CORRELATION_TO_ALIGN))
-        if len(undecided):
-            fixed, moving = (thumbnails[pairs[undecided, column]] for column in columns)
-            alike[undecided] = difference(fixed, _align(fixed, moving)) < MAX_DIFFERENCE
+    for begin in range(0, len(pairs), PAIRS_AT_A_LOOK):
+        span = slice(begin, begin + PAIRS_AT_A_LOOK)
+        first, second = (thumbnails[pairs[span, column]] for column in (0, 1))
+        alike[span] = _show_the_same(first, second, correlation[span])
     return alike
 
 
-def difference(first: NDArray[Any], second: NDArray[Any]) -> Floats:
-    """Return how far pairs of thumbnails (n, 32, 32, 3) differ where they differ most, out of 255.
-
-    One gain and offset are fitted for all channels; what a small misplacement of edges explains is
-    left out; the rest is averaged over 4 x 4 pixels, and the largest value is taken.
-    """
-    a, b = (_centre(images) for images in (first, second))
-    gain = np.sqrt((_power(a) + 1) / (_power(b) + 1)).clip(0.6, 1.6)
-    b = b * gain
-    inside = slice(MARGIN, SIDE - MARGIN)
-    excess = np.maximum(np.abs(a - b) - EDGE_TOLERANCE * np.maximum(_range(a), _range(b)), 0)[
-        :, inside, inside
-    ]
-    result: Floats = _means(excess, 4).reshape(len(a), -1).max(1)
-    return result
-
-
-def _centre(images: NDArray[Any]) -> Floats:
-    values = images.astype(np.float32)
-    result: Floats = values - values.mean((1, 2, 3), keepdims=True)
-    return result
-
-
-def _power(images: Floats) -> Floats:
-    result: Floats = np.square(images).mean((1, 2, 3), keepdims=True)
-    return result
-
-
-def _range(images: Floats) -> Floats:
-    """Return the largest minus the smallest value in the 3 x 3 neighbourhood of each pixel."""
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-
-    def over(function: np.ufunc) -> Floats:
-        rows = function.reduce([padded[:, i : i + SIDE] for i in range(3)])
-        result: Floats = function.reduce([rows[:, :, i : i + SIDE] for i in range(3)])
-        return result
-
-    return over(np.maximum) - over(np.minimum)
-
-
-def _align(fixed: NDArray[np.uint8], moving: NDArray[np.uint8]) -> Floats:
-    """Enlarge and shift `moving` (n, 32, 32, 3) so that it lies best over `fixed`.
-
-    The fit is judged by every second pixel.
-    """
-    n, side = len(fixed), len(PLACES)
-    target = _centre(_gray(fixed)[:, PLACES][:, :, PLACES]).reshape(n, -1, 1)
-    gray = _gray(moving)[..., 0]
-    best, choice = np.full(n, np.inf, np.float32), np.zeros((n, 3), np.int64)
-    for zoom, coarse in enumerate(_resampling(PLACES)):
-        every = coarse.reshape(-1, SIDE)  # of all shifts
-        moved = np.matmul(np.matmul(every, gray), every.T)
-        moved = moved.reshape(n, len(SHIFTS), side, len(SHIFTS), side).transpose(0, 1, 3, 2, 4)
-        moved = moved.reshape(n, -1, side * side)
-        # the mean square of moved - its mean - target, but for what does not depend on the shift
-        distance = moved.var(2) - 2 * np.matmul(moved, target)[:, :, 0] / (side * side)
-        nearest = distance.argmin(1)
-        value = distance[np.arange(n), nearest]
-        nearer = value < best
-        best[nearer] = value[nearer]
-        dy, dx = np.divmod(nearest[nearer], len(SHIFTS))
-        choice[nearer] = np.stack([np.full(len(dy), zoom), dy, dx], axis=1)
-    whole = _resampling(np.arange(SIDE))
-    rows, columns = whole[choice[:, 0], choice[:, 1]], whole[choice[:, 0], choice[:, 2]]
-    lines = np.matmul(rows, moving.reshape(n, SIDE, -1).astype(np.float32))
-    result: Floats = np.matmul(columns[:, None], lines.reshape(n, SIDE, SIDE, -1))
-    return result
-
-
-def _resampling(places: NDArray[np.int64]) -> Floats:
-    """Return, for each zoom and shift, the matrix that resamples an axis linearly at some places:
-    (zooms, shifts, places, 32).
-
-    The axis is enlarged about the centre, then shifted by pixels.
-    """
-    centre, rows = (SIDE - 1) / 2, np.arange(len(places))
-    result = np.zeros((len(ZOOMS), len(SHIFTS), len(places), SIDE), np.float32)
-    for (i, zoom), (j, shift) in product(enumerate(ZOOMS), enumerate(SHIFTS)):
-        place = ((places - centre) / zoom + centre + shift).clip(0, SIDE - 1)
-        low = np.minimum(place.astype(int), SIDE - 2)
-        share = (place - low).astype(np.float32)
-        result[i, j, rows, low] = 1 - share
-        result[i, j, rows, low + 1] += share
-    return result
-
-
-def _gray(images: NDArray[np.uint8]) -> Floats:
-    result: Floats = images.mean(3, keepdims=True, dtype=np.float32)
-    return result
+def _show_the_same(
+    first: NDArray[np.uint8], second: NDArray[np.uint8], correlation: Floats
+) -> NDArray[np.bool_]:
+    alike = np.asarray(difference(first, second) < MAX_DIFFERENCE, bool)
+    for fixed, moving in ((first, second), (second, first)):
+        undecided = np.flatnonzero(~alike & (correlation > MIN_CORRELATION_TO_ALIGN))
+        if len(undecided):
+            aligned = align(fixed[undecided], moving[undecided])
+            alike[undecided] = difference(fixed[undecided], aligned) < MAX_DIFFERENCE
+    return alike

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from sfumato.data.array_cache import ArrayCache, RowReader, Writer
 from sfumato.data.data_config import DataConfig
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
-from sfumato.data.duplicates import thumbnail
 from sfumato.data.files import may_pass
 from sfumato.data.index_store import KnownKeys
 from sfumato.data.listing import Blob
 from sfumato.data.segment_records import KEY, key_of
 from sfumato.data.source_state import Identities
+from sfumato.data.thumbnails import thumbnail
 from sfumato.storage.cache_folder import cache_folder
 
 DECODER = 2  # raised when the same bytes come to give other pixels

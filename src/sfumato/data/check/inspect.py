@@ -20,11 +20,12 @@ from sfumato.data.check.measure import Measurement, measure
 from sfumato.data.check.risk import MemorizationRisk, images_at_risk
 from sfumato.data.choice import choose_evenly
 from sfumato.data.decoding import PixelFormat, quiet
-from sfumato.data.duplicates import MIN_SIDE, components, near_pairs, signatures
+from sfumato.data.duplicates import MIN_SIDE, components, near_pairs
 from sfumato.data.frames import unused_frames
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Listing, Reject, select, values
 from sfumato.data.parallel import ordered_map
+from sfumato.data.thumbnails import signatures
 
 DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 2.0
 FLAT_SHARE = 0.1  # of the contrast that the more lively images have, where all have little

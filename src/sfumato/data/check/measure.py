@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, fit_within
-from sfumato.data.duplicates import thumbnail
 from sfumato.data.listing import Entry
+from sfumato.data.thumbnails import thumbnail
 
 SIDE = 128
 CELLS, ORIENTATIONS = 4, 8

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data.copies import CopyIndex
-from sfumato.data.duplicates import SIDE, contrast_limits, stretch_contrast
+from sfumato.data.thumbnails import SIDE, contrast_limits, stretch_contrast
 
 MAX_SPARSE, MAX_SPARSE_SHARE = 12, 0.25  # images that are named, and their share of a small set
 MAX_REPEATED = 6  # groups that are named
