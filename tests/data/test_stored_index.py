@@ -35,9 +35,11 @@ from sfumato.data import (
     prepare_part,
     source_at,
     source_state,
+    stored_index,
     value_range,
 )
 from sfumato.data.array_cache import RowReader
+from sfumato.data.choice import choose_evenly
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
 from sfumato.data.frames import Brightest, Frame
 from sfumato.data.index_store import KnownKeys
@@ -462,10 +464,10 @@ def test_rows_that_end_too_early_are_noticed(tmp_path: Path) -> None:
     dataset = opened(configured(folder(tmp_path / "set")))
     reader = dataset.read_rows
     assert isinstance(reader, RowReader)
-    assert reader.is_whole
+    assert reader.is_whole(reader.lengths)
     file = next((tmp_path / "cache").glob("pixels/*/segment-*/pixels*"))
     file.write_bytes(file.read_bytes()[:-1])
-    assert not reader.is_whole
+    assert not reader.is_whole(reader.lengths)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, wanted: str, number: int) -> None:
@@ -706,3 +708,58 @@ def test_files_that_hold_images_are_the_same_in_a_list_and_in_columns(blobs: lis
     for found in (containers(table), containers(table.take(np.arange(len(table))))):
         assert ((found < 0) == (inside < 0)).all()
         assert ((found[:, None] == found) == (inside[:, None] == inside)).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"half": "first"}, {"holdout": 0.0}])
+def test_parts_that_are_kept_are_those_that_versions_before_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    place = folder(tmp_path / "set")
+    for number in range(3):
+        path = place / "b" / f"far{number}.png"
+        path.write_bytes(encoded(noise(16, 16, seed=500 + number)))
+        path.with_suffix(".json").write_text('{"holdout": "far"}')
+    config = configured(place, **options)
+    expected = contents(opened(config))
+    parts = opened(config).parts
+    assert parts.named.keys() == {"far"}
+    assert not parts.whole.flags.writeable  # a part of the table
+    real = stored_index._columns
+    monkeypatch.setattr(
+        stored_index,
+        "_columns",
+        lambda dataset: {k: v for k, v in real(dataset).items() if k != "order"},
+    )
+    facts = stored_index._facts
+    newer = ("part_sizes", "shape_counts", "has_repeats", "rows_lengths", "thumbnails_lengths")
+    monkeypatch.setattr(
+        stored_index,
+        "_facts",
+        lambda dataset: {k: v for k, v in facts(dataset).items() if k not in newer},
+    )
+    shutil.rmtree(next((tmp_path / "cache").glob("indexes")))
+    before = opened(config)
+    assert contents(before) == expected
+    kept = opened(config)
+    assert kept.is_kept
+    assert contents(kept) == expected
+
+
+def test_of_a_large_table_some_blocks_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_store, "BLOCK", 64)
+    monkeypatch.setattr(index_store, "CHECKED", 4)
+    file = tmp_path / "table"
+    data = bytearray(range(256)) * 4
+    file.write_bytes(data)
+    known = index_store._check(file)
+    blocks = choose_evenly(np.arange(16), 4)
+    for number in range(16):
+        changed = bytearray(data)
+        changed[64 * number + 9] ^= 1
+        file.write_bytes(changed)
+        assert (index_store._check(file) != known) == (number in blocks)
+    file.write_bytes(data + b"x")
+    assert index_store._check(file) != known
+    assert {0, 15} <= set(blocks.tolist())  # the schema and the footer

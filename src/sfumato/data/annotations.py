@@ -44,7 +44,7 @@ class Annotations:
 
     entries: Sequence[Entry]
     form: PixelFormat
-    shapes: NDArray[np.int64]
+    shapes: NDArray[np.integer]
     names: frozenset[str]
     resizing: NDArray[np.float32]
     loss_mask: LossMask = "none"

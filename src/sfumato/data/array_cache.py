@@ -265,14 +265,18 @@ class RowReader:
         return cls(cache, [names[i] for i in used], numbers.astype(np.int32), row, check)
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all files are there, as long as they must be."""
+    def lengths(self) -> NDArray[np.int64]:
+        """How many rows each file must have, (f,)."""
         rows = np.zeros(len(self.names), np.int64)
         np.maximum.at(rows, self.file, self.row + 1)
+        return rows
+
+    def is_whole(self, lengths: NDArray[np.int64]) -> bool:
+        """Return whether all files are there, with at least these numbers of rows."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             return all(
                 len(self.cache.map(name)) >= count
-                for name, count in zip(self.names, rows, strict=True)
+                for name, count in zip(self.names, lengths, strict=True)
             )
         return False
 

@@ -25,7 +25,7 @@ from sfumato.data.dataset_diff import record_contents
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, Scale, decode, quiet
 from sfumato.data.holdout import assign_splits, take_half
 from sfumato.data.ledger import Ledger
-from sfumato.data.listing import Entry, Reject, containers, values
+from sfumato.data.listing import Entry, Reject, containers, integers, values
 from sfumato.data.segment_records import key_of
 from sfumato.errors import DataError
 from sfumato.observability.progress import console
@@ -114,7 +114,7 @@ class Dataset:
     ids: Sequence[str]
     labels: Tensor
     categories: tuple[str, ...]
-    shapes: NDArray[np.int64]
+    shapes: NDArray[np.integer]
     read_rows: Callable[[NDArray[np.int64]], Pixels] | None
     clusters: NDArray[np.int64]
     remarks: Sequence[str]
@@ -179,7 +179,7 @@ class Dataset:
         """The positions of the training part, each as often as an epoch holds it: as its repeats
         say, over their greatest common divisor.
         """
-        return self._repeated(self.training)
+        return self._repeated(self.training) if self.has_repeats else self.training
 
     @cached_property
     def shards(self) -> NDArray[np.int64]:
@@ -201,15 +201,27 @@ class Dataset:
         """Return the order in which training sees the images of `epoch`, as the configuration says."""
         return BatchPlan(
             seed=seed,
-            shapes=self.shapes[self.epoch],
+            shapes=self._shapes_of_an_epoch(),
             batch_size=batch_size,
             shards=self.shards if self.config.shuffle == "window" else np.zeros(1, np.int64),
             window=self.config.window if self.config.shuffle == "window" else 0,
         )
 
+    def _shapes_of_an_epoch(self) -> NDArray[np.integer]:
+        """Return the shape of each image of `epoch`; a single value where all have the same."""
+        if np.count_nonzero(self.shape_counts) == 1:
+            return np.broadcast_to(self.shapes[:1], len(self.epoch))
+        return self.shapes[self.epoch]
+
+    @cached_property
+    def has_repeats(self) -> bool:
+        """Whether an epoch may hold some images more often than others."""
+        repeats = integers(self.entries, "repeats")
+        return bool(repeats.min() < repeats.max())
+
     def _repeated(self, training: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return positions, each as often as an epoch holds it."""
-        repeats = np.array(values(self.entries, "repeats"), np.int64)[training]
+        repeats = integers(self.entries, "repeats").astype(np.int64)[training]
         return np.repeat(training, repeats // max(1, np.gcd.reduce(repeats)))
 
     @cached_property
@@ -230,7 +242,7 @@ class Dataset:
     def _hash(self, training: NDArray[np.int64]) -> str:
         texts = _hash_of(("\1".join(texts) for texts in values(self.entries, "captions")), "\0")
         texts += repr([each for each in values(self.entries, "attributes") if each])
-        if len(self._repeated(training)) > len(training):
+        if self.has_repeats and len(self._repeated(training)) > len(training):
             texts += repr(list(values(self.entries, "repeats")))
         labels = map(str, self.labels.tolist())
         ends = texts, training.tobytes().hex()
@@ -259,9 +271,14 @@ class Dataset:
         numbers[self.training] = np.arange(len(self.training))
         return numbers
 
+    @cached_property
+    def shape_counts(self) -> NDArray[np.int64]:
+        """How many images have each of the format's shapes, (s,)."""
+        return np.bincount(self.shapes, minlength=len(self.config.pixel_format().shapes))
+
     @property
     def _common_shape(self) -> int:
-        return int(np.bincount(self.shapes).argmax())
+        return int(self.shape_counts.argmax())
 
     def with_common_shape(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return those of `positions` whose images have the shape `image_shape`."""
@@ -385,9 +402,9 @@ class Dataset:
             },
             "captioned": sum(map(bool, values(self.entries, "captions"))),
             "shapes": {
-                f"{w}x{h}": int((self.shapes == i).sum())
-                for i, (h, w) in enumerate(shapes)
-                if (self.shapes == i).any()
+                f"{w}x{h}": count
+                for (h, w), count in zip(shapes, self.shape_counts.tolist(), strict=True)
+                if count
             },
             "crop_loss": round(self.crop_loss, 4),
             "value_range": self.scale.range,

@@ -110,6 +110,11 @@ class EntryTable(Sequence[Entry]):
             return getattr(self[place], name)
         return tuple(self._columns[name][int(place)].as_py())
 
+    def integers(self, name: str) -> NDArray[np.integer]:
+        """Return one field of all entries; see `listing.integers`."""
+        found: NDArray[np.integer] = self._columns[name].to_numpy()
+        return found
+
     def values(self, name: str) -> list[Any]:
         """Return one field of all entries; see `listing.values`."""
         if name in BLOBS:

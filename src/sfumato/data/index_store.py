@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sfumato.data import files, source_state
 from sfumato.data.array_cache import ArrayCache, RowReader
 from sfumato.data.arrow import arrow, open_table, write_table
+from sfumato.data.choice import choose_evenly
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
 from sfumato.data.listing import Entry, Listing, Reject, Source, SourceState, value_at
 from sfumato.data.source_state import state_of
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 SLOW_S = 0.5  # what took less is made again as fast
 KEPT = 2  # of each source and configuration
 FORMAT = 2  # raised when columns change
+BLOCK, CHECKED = 1 << 20, 256  # bytes, and blocks of a table that are compared with its check value
 TABLE, CHECK, FACTS = "table.arrow", "check", b"sfumato"
 
 
@@ -113,11 +118,14 @@ def _load(folder: Path) -> Stored | None:
 
 
 def _check(file: Path) -> str:
-    """Return the CRC-32 of a file."""
-    check = 0
+    """Return the CRC-32 of a file's length and of at most CHECKED blocks, spread evenly over it."""
+    size = file.stat().st_size
+    blocks = -(-size // BLOCK)
+    check = zlib.crc32(str(size).encode()) if blocks > CHECKED else 0
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            check = zlib.crc32(block, check)
+        for number in choose_evenly(np.arange(blocks), CHECKED).tolist():
+            stream.seek(number * BLOCK)
+            check = zlib.crc32(stream.read(BLOCK), check)
     return f"{check:08x}"
 
 
@@ -297,7 +305,16 @@ def reader(name: str, stored: Stored) -> RowReader | None:
     folder, names = stored.facts[f"{name}_folder"], stored.facts[f"{name}_files"]
     columns = [stored.column(f"{name}_{column}") for column in ("file", "row", "check")]
     result = RowReader(ArrayCache(Path(folder)), names, *columns)
-    return result if result.is_whole else None
+    lengths = stored.facts.get(f"{name}_lengths")  # which versions before did not keep
+    is_whole = result.is_whole(result.lengths if lengths is None else np.array(lengths, np.int64))
+    return result if is_whole else None
+
+
+def read_only_tensor(array: NDArray[Any]) -> Tensor:
+    """Return a tensor of an array that stays on disk; nothing may be written to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 class KeyStore:

@@ -215,6 +215,15 @@ def values(entries: Sequence[Entry], name: str) -> Sequence[Any]:
     return found
 
 
+def integers(entries: Sequence[Entry], name: str) -> NDArray[np.integer]:
+    """Return one field of all entries, (n,), which is read from disk where it is a column of its own."""
+    column = getattr(entries, "integers", None)
+    found: NDArray[np.integer] = (
+        np.array(values(entries, name), np.int64) if column is None else column(name)
+    )
+    return found
+
+
 def select(entries: Sequence[Entry], positions: NDArray[np.int64]) -> Sequence[Entry]:
     """Return the entries at some positions, in their order."""
     if len(positions) == len(entries):

@@ -167,7 +167,7 @@ def variant_draws(id_: str, variant: int) -> Tensor:
     return augmentation_draws(id_, first=variant, count=1)
 
 
-def _runs_of_one_shape(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+def _runs_of_one_shape(shapes: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
     """Yield where each run of equal shapes begins and ends."""
     begin = 0
     for _, run in groupby(shapes.tolist()):

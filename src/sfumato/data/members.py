@@ -21,6 +21,13 @@ class Members:
 
     def __init__(self, column: NDArray[np.integer]) -> None:
         """Count the elements of a column of small numbers from 0 on, (n,)."""
+        self._length = len(column)
+        if len(column) and column.min() == column.max():  # nothing has to be counted
+            self._column, self.kinds = column[:1], column[:1].astype(np.int64)
+            ends = np.arange(-(-len(column) // BLOCK) + 1) * BLOCK
+            self._before = np.minimum(ends, len(column))[:, None]
+            self.counts: NDArray[np.int64] = self._before[-1].copy()
+            return
         small = np.min_scalar_type(int(column.max(initial=0)))
         self._column = column if column.itemsize <= small.itemsize else column.astype(small)
         most, blocks = int(column.max(initial=0)) + 1, -(-len(column) // BLOCK)
@@ -33,7 +40,7 @@ class Members:
         present = np.flatnonzero(inside.any(0))
         self.kinds = present
         self._before = np.cumsum(inside[:, present], axis=0)
-        self.counts: NDArray[np.int64] = self._before[-1].copy()
+        self.counts = self._before[-1].copy()
 
     def before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many elements of each kind come before positions (n,), as (n, k)."""
@@ -47,7 +54,7 @@ class Members:
 
     def part(self, begins: NDArray[np.int64], chosen: NDArray[np.int64]) -> PartOfMembers:
         """Return the elements of some of the consecutive spans that begin at `begins`."""
-        ends = np.append(begins[1:], len(self._column))
+        ends = np.append(begins[1:], self._length)
         return PartOfMembers(self, self.before(begins[chosen]), self.before(ends[chosen]))
 
     def positions(self, number: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from sfumato.data.annotations import Annotations
 from sfumato.data.array_cache import RowReader
@@ -26,6 +25,7 @@ from sfumato.data.index_store import (
     Watch,
     hashes,
     plain_rejects,
+    read_only_tensor,
     reader,
     reader_columns,
     rejects_of,
@@ -126,17 +126,18 @@ def _columns(dataset: Dataset) -> dict[str, pyarrow.Array]:
         assert isinstance(names, NamesAt)
         bits[names.positions] |= 1 << number
     part = np.zeros(count, np.int16)  # of the training set, unless it is said
-    for number, positions in enumerate(
-        (dataset.holdout, *dataset.named_holdouts.values()), start=1
-    ):
+    others = (dataset.holdout, *dataset.named_holdouts.values())
+    for number, positions in enumerate(others, start=1):
         part[positions] = number
     columns = {
         "id": hashes(HexIds.of(dataset.ids).bytes),
-        "label": pa.array(dataset.labels.numpy().astype(np.int32)),
+        "label": pa.array(dataset.labels.numpy().astype(np.int64)),
         "shape": pa.array(dataset.shapes.astype(np.int16)),
         "cluster": pa.array(dataset.clusters.astype(np.int64)),
         "notes": pa.array(bits),
         "part": pa.array(part),
+        # the positions of one part after another, so that none has to be looked for
+        "order": pa.array(np.concatenate([dataset.whole, *others])),
         "trained": pa.array(np.isin(np.arange(count), dataset.training).astype(np.int8)),
         "resizing": pa.FixedSizeListArray.from_arrays(dataset.annotations.resizing.reshape(-1), 4),
     }
@@ -155,6 +156,11 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
         "categories": dataset.categories,
         "notes": list(dataset.notes),
         "named_holdouts": list(dataset.named_holdouts),
+        "has_repeats": dataset.has_repeats,
+        "shape_counts": dataset.shape_counts.tolist(),
+        "part_sizes": [
+            len(part) for part in (dataset.whole, dataset.holdout, *dataset.named_holdouts.values())
+        ],
         "rejects": plain_rejects(dataset.rejects),
         "ledger": asdict(dataset.ledger),
         "crop_loss": dataset.crop_loss,
@@ -164,7 +170,11 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
         "whole_fingerprint": dataset.whole_fingerprint,
     }
     for name, its_reader in _readers(dataset).items():
-        facts |= {f"{name}_folder": str(its_reader.cache.folder), f"{name}_files": its_reader.names}
+        facts |= {
+            f"{name}_folder": str(its_reader.cache.folder),
+            f"{name}_files": its_reader.names,
+            f"{name}_lengths": its_reader.lengths.tolist(),
+        }
     return facts
 
 
@@ -181,13 +191,13 @@ def _dataset(
     scale = Scale(**{
         name: None if value is None else tuple(value) for name, value in facts["scale"].items()
     })  # fmt: skip
-    shapes = stored.column("shape").astype(np.int64)
+    shapes = stored.column("shape")
     bits = stored.column("notes")
     dataset = Dataset(
         config=config,
         entries=entries,
         ids=HexIds(stored.column("id").reshape(-1, 16)),
-        labels=torch.from_numpy(stored.column("label").astype(np.int64)),
+        labels=read_only_tensor(stored.column("label").astype(np.int64, copy=False)),
         categories=tuple(facts["categories"]),
         shapes=shapes,
         annotations=Annotations(
@@ -213,18 +223,35 @@ def _dataset(
         remarks=tuple(facts["remarks"]),
         is_kept=is_kept,
     )
-    part = stored.column("part")
     dataset.__dict__.update(  # its cached properties
-        parts=DatasetParts(
-            whole=np.flatnonzero(part == 0),
-            training=np.flatnonzero(stored.column("trained")),
-            holdout=np.flatnonzero(part == 1),
-            named={
-                name: np.flatnonzero(part == number)
-                for number, name in enumerate(facts["named_holdouts"], start=2)
-            },
-        ),
+        parts=_parts(config, stored),
         fingerprint=facts["fingerprint"],
         whole_fingerprint=facts["whole_fingerprint"],
+        **_counted(facts),
     )
     return dataset
+
+
+def _counted(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of columns that need not be read for it; {} of versions before."""
+    if "shape_counts" not in facts:
+        return {}
+    counts = np.array(facts["shape_counts"], np.int64)
+    return {"shape_counts": counts, "has_repeats": facts["has_repeats"]}
+
+
+def _parts(config: DataConfig, stored: Stored) -> DatasetParts:
+    """Return the parts of a set, which stay on disk."""
+    names = stored.facts["named_holdouts"]
+    if "order" not in stored.table.column_names:  # of versions before
+        part = stored.column("part")
+        whole, *others = (np.flatnonzero(part == number) for number in range(2 + len(names)))
+    else:
+        ends = np.cumsum(stored.facts["part_sizes"])[:-1]
+        whole, *others = np.split(stored.column("order"), ends)
+    return DatasetParts(
+        whole=whole,
+        training=whole if config.half == "off" else np.flatnonzero(stored.column("trained")),
+        holdout=others[0],
+        named=dict(zip(names, others[1:], strict=True)),
+    )
