@@ -22,6 +22,7 @@ from sfumato.data import AugmentConfig
 from sfumato.diffusion import Linear
 from sfumato.networks import UNetConfig
 from sfumato.networks.perceptual import RandomFeatures
+from sfumato.observability.metrics_file import read_lines
 from sfumato.reporting import write_report
 from sfumato.runs import prepare, resume, train
 from sfumato.runs.training import build_trainer
@@ -37,7 +38,7 @@ from sfumato.training import (
     Trainer,
     ValidationConfig,
 )
-from sfumato.training.evidence import Look, error_ratio
+from sfumato.training.evidence import Look, error_ratio, newest_looks
 from sfumato.training.looks import Looks
 from sfumato.training.monitors import FEWEST_SEEN, LOOK_BINS, Validator
 from sfumato.training.probe import Probe
@@ -115,6 +116,37 @@ def test_a_run_that_memorizes_noise_is_told_to_stop_and_its_best_weights_are_use
     )
     last = sfumato.load(whole, weights="ema").model.state_dict()
     assert any(not torch.equal(last[name], kept[name]) for name in kept)
+
+
+def test_looks_at_other_data_are_compared_with_none_before(
+    tmp_path: Path, time_for_all_looks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = digits(tmp_path / "images")
+    run = train(memorizing(place, stop="overfitting"), run=tmp_path / "run")
+    before = looks_of(run)
+    stopped = before[-1].step
+    assert stopped < STEPS
+    capsys.readouterr()
+    assert resume(run) == run
+    said = capsys.readouterr().err
+    assert f"stopped already, at step {stopped}, as overfitting; to go on all the same" in said
+    for number, image in enumerate(load_digits().images[100:130]):  # more are held out, too
+        path = place / ("even" if number % 2 == 0 else "odd") / f"more{number:03d}.png"
+        Image.fromarray((image * 15.9).astype(np.uint8)).save(path)
+    goal = stopped + 60
+    resume(run, overrides=[f"budget.steps={goal}", "stop=never"], accepts_data=True)
+    looks = looks_of(run)
+    assert looks[: len(before)] == before
+    since = newest_looks(read_lines(run / "looks.jsonl"))
+    assert since == looks[len(before) :]
+    assert {look.begins for look in since} == {stopped}
+    assert since[0].views <= 2  # of the images as they are now
+    found = json.loads((run / "best" / "verdict.json").read_text())
+    assert found["best_step"] in {look.step for look in since}
+    assert found["sentence"] == verdict(since).sentence
+    assert write_report(run).exists()
+    resume(run, overrides=[f"budget.steps={goal + 5}", "stop=never"])
+    assert looks_of(run)[len(before) :][: len(since)] == since
 
 
 def test_looks_are_spaced_by_views(whole: Path) -> None:

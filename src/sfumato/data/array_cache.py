@@ -244,7 +244,7 @@ class RowReader:
         self.cache, self.names = cache, list(names)
         self.file, self.row, self.check = file, row, check
         self._maps: list[NDArray[Any]] | None = None
-        self._known = np.zeros(len(row), bool)
+        self._known = np.zeros(-(-len(row) // 8), np.uint8)  # a bit for each row that was compared
 
     @classmethod
     def of(cls, cache: ArrayCache, keys: NDArray[np.bytes_], name: str) -> RowReader:
@@ -306,7 +306,8 @@ class RowReader:
         return out
 
     def _verify(self, positions: NDArray[np.int64], rows: NDArray[Any]) -> None:
-        new = np.flatnonzero(~self._known[positions])
+        places, bits = positions >> 3, np.uint8(1) << (positions & 7).astype(np.uint8)
+        new = np.flatnonzero((self._known[places] & bits) == 0)
         checks = self.check[positions[new]]
         bad = [
             int(number)
@@ -315,7 +316,7 @@ class RowReader:
         ]
         if bad:
             raise self.cache.damaged([self.names[self.file[place]] for place in positions[bad]])
-        self._known[positions[new]] = True
+        np.bitwise_or.at(self._known, places[new], bits[new])
 
 
 def _check(array: NDArray[Any]) -> int:

@@ -242,15 +242,26 @@ def _continued(
             console().print(f"set aside: {aside}", markup=False)
     trainer = _restore_trainer(directory, overrides, accepts_data=accepts_data, mirror=mirror)
     reached = trainer.state.counters.step
-    limits = [name for name, most in asdict(trainer.config.budget).items() if most is not None]
     if trainer.finished and directory.status().get("state") == "finished":
-        console().print(
-            f"finished already, at step {reached}; to go on, raise its budget: sfumato resume "
-            f"{directory.path} budget.{limits[0]}=..."
-        )
+        console().print(_why_finished(trainer), markup=False)
         return None
     console().print(f"resuming at step {reached}")
     return trainer
+
+
+def _why_finished(trainer: Trainer) -> str:
+    """Say why a run does not go on, and how it would."""
+    counters, command = trainer.state.counters, f"sfumato resume {trainer.directory.path}"
+    if trainer.progress < 1:
+        return (
+            f"stopped already, at step {counters.step}, as {counters.stopped}; to go on all the same: "
+            f"{command} stop=never"
+        )
+    limits = [name for name, most in asdict(trainer.config.budget).items() if most is not None]
+    return (
+        f"finished already, at step {counters.step}; to go on, raise its budget: {command} "
+        f"budget.{limits[0]}=..."
+    )
 
 
 def _run_to_the_end(trainer: Trainer, run: Run, directory: RunDirectory) -> None:

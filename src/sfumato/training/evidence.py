@@ -5,6 +5,7 @@ copies among its samples, and the comparison with its base.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -94,7 +95,8 @@ class Look:
 
     Attributes:
         step: of training.
-        views: how often each training image was seen, on average.
+        views: how often each training image was seen since training on these data began, on average.
+        begins: the step at which it began, which is above 0 where the data of the run were changed.
         held_out, seen: mean squared error of the predicted noise on each held-out image, if there
             are any, and on each of some training images, over all levels; the same images at every
             look.
@@ -110,6 +112,7 @@ class Look:
     copies: Copies | None = None
     samples: dict[str, Any] = field(default_factory=dict)
     base: Comparison | None = None
+    begins: int = 0
 
     @classmethod
     def read(cls, plain: dict[str, Any]) -> Look:
@@ -123,6 +126,7 @@ class Look:
             copies=None if copies is None else Copies(**copies),
             samples=plain.get("samples", {}),
             base=None if base is None else Comparison.read(base),
+            begins=plain.get("begins", 0),
         )
 
     def plain(self) -> dict[str, Any]:
@@ -184,3 +188,13 @@ def fisher(count: int, total: int, other_count: int, other_total: int) -> float:
         for first in range(count, min(hits, total) + 1)
     ]
     return sum(ways) / math.comb(total + other_total, hits)
+
+
+def newest_looks(lines: Sequence[dict[str, Any]]) -> list[Look]:
+    """Return the looks of a run that looks.jsonl holds, line by line.
+
+    Of a run whose data were changed, they are those since then: the others met other images, and are
+    compared with none of these.
+    """
+    looks = [Look.read(line) for line in lines]
+    return [look for look in looks if look.begins == looks[-1].begins]

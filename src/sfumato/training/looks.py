@@ -52,7 +52,7 @@ class Looks(Hook):
 
     Without a validator, nothing is held out: only copies, and the comparison with the base of a
     fine-tuning, can be measured. Looks are kept in looks.jsonl, the weights of the best one and the verdict in `best/`. A run
-    that is resumed continues with the looks up to its checkpoint.
+    that is resumed continues with the looks up to its checkpoint, and begins anew with other data.
     """
 
     name = "looks"
@@ -75,8 +75,9 @@ class Looks(Hook):
         """Return the looks up to the step that the trainer has reached."""
         if self._looks is None:
             lines = current().on_first(partial(read_lines, self.directory.looks))
-            step = trainer.state.counters.step
-            self._looks = [Look.read(line) for line in lines if line["step"] <= step]
+            step, begins = trainer.state.counters.step, trainer.plan.begins
+            known = [Look.read(line) for line in lines if line["step"] <= step]
+            self._looks = [look for look in known if look.begins == begins]
             self._state = verdict(self._looks).state if self._looks else None
         return self._looks
 
@@ -170,6 +171,7 @@ class Looks(Hook):
             held_out=() if held_out is None else tuple(held_out.by_image().tolist()),
             seen=() if seen is None else tuple(seen.by_image().tolist()),
             base=base,
+            begins=trainer.plan.begins,
         )
 
     def _fit(

@@ -170,6 +170,8 @@ class Trainer:
         self.state.restore(loaded.tensors, loaded.counters)
         counters = self.state.counters
         counters.kept = min(counters.kept, self.progress)  # the budget may have been raised
+        if accepts_data and changed:
+            counters.stopped = ""  # the verdict was one on other data
         self.world.on_first(
             partial(post_hoc_ema.forget, self.directory.averages, after=counters.step)
         )
@@ -183,7 +185,13 @@ class Trainer:
 
     @property
     def views(self) -> float:
-        """How often each training image was seen, on average."""
+        """How often each training image was seen since training on these data began, on average."""
+        before = self.plan.begins * self.config.batch_size
+        return max(0, self.state.counters.samples_seen - before) / self.plan.size
+
+    @property
+    def epochs(self) -> float:
+        """How many epochs of these data all samples would be that were seen."""
         return self.state.counters.samples_seen / self.plan.size
 
     @cached_property
@@ -591,7 +599,7 @@ class Trainer:
         return self.config.budget.progress(
             steps=counters.step,
             samples=counters.samples_seen,
-            epochs=self.views,
+            epochs=self.epochs,
             seconds=counters.seconds,
         )
 
@@ -611,7 +619,7 @@ class Trainer:
         return {
             "step": counters.step,
             "samples_seen": counters.samples_seen,
-            "epoch": self.views,
+            "epoch": self.epochs,
             "time": counters.seconds,
             "train/loss": result.loss,
             **self.task.log_metrics(self._of_all(result.losses)),
