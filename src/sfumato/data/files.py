@@ -16,10 +16,12 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from sfumato.data import remote
+from sfumato.data.file_types import ARCHIVES
 from sfumato.storage.output_paths import RESERVED
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+HTTP = ("http://", "https://")
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4096
 
 
@@ -169,7 +171,16 @@ def exists(path: str) -> bool:
 
 def is_folder(path: str) -> bool:
     """Return whether there is a folder at a path or URL."""
-    return bool(remote.ask(path, "isdir")) if is_url(path) else os.path.isdir(path)
+    if not is_url(path):
+        return os.path.isdir(path)
+    # of a file behind HTTP, the question would fetch all of it
+    is_file = path.startswith(HTTP) and not is_page(path)
+    return not is_file and bool(remote.ask(path, "isdir"))
+
+
+def is_page(path: str) -> bool:
+    """Return whether an address may be one of a page that lists files, which says nothing of these."""
+    return path.startswith(HTTP) and not path.partition("?")[0].lower().endswith(ARCHIVES)
 
 
 def local(path: str) -> Path:

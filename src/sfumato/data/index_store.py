@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -29,7 +28,7 @@ from sfumato.data.arrow import arrow, open_table, write_table
 from sfumato.data.choice import choose_evenly
 from sfumato.data.entry_table import EntryTable, NotStorable, encode
 from sfumato.data.listing import Entry, Listing, Reject, Source, SourceState, value_at
-from sfumato.data.source_state import state_of
+from sfumato.data.source_state import absolute, state_of
 from sfumato.storage.atomic import atomic_folder, sweep
 from sfumato.storage.cache_folder import cache_folder
 
@@ -175,11 +174,12 @@ def listed(source: Source, *, trusts: bool = True) -> Listing:
 
 def _has_containers(stored: Stored) -> bool:
     """Return whether the files are there that hold the images of several entries: some lie in the
-    cache.
+    cache. Those behind an address are fetched again.
     """
     paths = stored.table.column("image_path").chunk(0)
     containers = getattr(paths, "dictionary", None)
-    return containers is None or all(Path(path).exists() for path in containers.to_pylist())
+    paths = [] if containers is None else containers.to_pylist()
+    return all(files.is_url(path) or Path(path).exists() for path in paths)
 
 
 def _listing_facts(listing: Listing) -> dict[str, Any]:
@@ -321,7 +321,7 @@ class KeyStore:
     """Which bytes the images of a source have, as all have found who have read some of them."""
 
     def __init__(self, source: Source) -> None:
-        path = os.path.realpath(getattr(source, "path", ""))
+        path = absolute(getattr(source, "path", ""))
         name = hashlib.sha256(f"{FORMAT} {path}".encode(errors="surrogatepass")).hexdigest()[:32]
         self._folder = cache_folder() / "keys" / name
 

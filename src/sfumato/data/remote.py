@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,12 @@ ATTEMPTS, PAUSE_S = 6, 0.5  # of each file to fetch, and the first pause, which 
 REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS = 408, 425, 429  # of HTTP, which may pass
 UNAUTHORIZED = 401
 NEVER = threading.Event()
+# what stores say of a file that another content changes; of some, several
+SIGNS = (
+    "ETag", "etag", "generation", "Content-MD5", "sha", "blob_id", "mtime", "LastModified",
+    "last_modified", "Last-Modified", "modified", "updated", "created",
+)  # fmt: skip
+_signs: dict[str, str] = {}  # of the addresses that were listed
 _locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 if hasattr(os, "register_at_fork"):  # a thread of the parent may hold one
     os.register_at_fork(after_in_child=_locks.clear)
@@ -94,6 +100,40 @@ def ask(url: str, question: str) -> Any:
         raise _unreachable(url, error) from None
 
 
+def signs_below(root: str) -> dict[str, str]:
+    """Return what a store says now of each file below an address, by relative name ("" for that of a
+    file), which another content changes; "" where it says nothing of the kind.
+
+    Copies of files that were fetched with other signs are not used any more.
+
+    Raises:
+        DataError: if the store cannot be reached.
+    """
+    system, base = filesystem(root)
+    try:
+        system.invalidate_cache()
+        facts = system.info(base)
+        is_folder = facts["type"] == "directory"
+        found = system.find(base, detail=True) if is_folder else {base: facts}
+        begin = len(base.rstrip("/")) + 1
+        below = {path[begin:]: _sign(facts) for path, facts in found.items()}
+    except Exception as error:
+        raise _unreachable(root, error) from None
+    for name, sign in below.items():
+        _signs[f"{root.rstrip('/')}/{name}" if name else root] = sign
+    return below
+
+
+def _sign(facts: Mapping[str, Any]) -> str:
+    named = [f"{name}={facts[name]}" for name in SIGNS if facts.get(name) is not None]
+    return " ".join([f"size={facts.get('size')}", *named]) if named else ""
+
+
+def sign_of(url: str) -> str:
+    """Return what its store said of a file when it was listed; "" if that is nothing."""
+    return _signs.get(url, "")
+
+
 def fetch(url: str, stop: threading.Event = NEVER) -> Path:
     """Return the copy of a file, which is fetched unless it is there.
 
@@ -152,7 +192,9 @@ def touch(url: str) -> bool:
 
 
 def _target(url: str) -> Path:
-    return cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()
+    sign = sign_of(url)
+    name = f"{url}\0{sign}" if sign else url
+    return cache_folder() / "remote" / hashlib.sha256(name.encode()).hexdigest()
 
 
 def _is_there(target: Path) -> bool:

@@ -14,8 +14,9 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sfumato.data import files
+from sfumato.data import files, remote
 from sfumato.data.listing import Blob, Source, SourceState
+from sfumato.errors import DataError
 
 # size; times of change, of the contents and of anything, in ns; number of the file (inode). The second
 # time cannot be set, so that an edit that keeps size and first time is seen
@@ -27,21 +28,44 @@ TIME = 1 if os.name == "nt" else 2  # there, the second time is that of creation
 
 
 def state_of(source: Source) -> SourceState | None:
-    """Return the state of a source; None if more than files on this machine may change its listing."""
+    """Return the state of a source; None if more than files may change its listing, or their store does
+    not say when they change.
+    """
     path = getattr(source, "path", None)
     # a kind that derives from one of these may read more
-    if not vars(type(source)).get("is_of_files") or path is None or files.is_url(path):
+    if not vars(type(source)).get("is_of_files") or path is None:
         return None
     try:
-        found = _signs(path)
-    except OSError:  # said when it is read
+        found = _remote_signs(path) if files.is_url(path) else _signs(path)
+    except (OSError, DataError):  # said when it is read
         return None
-    result = hashlib.sha256(_bytes(f"{_code()} {source!r} {os.path.realpath(path)}"))
+    result = hashlib.sha256(_bytes(f"{_code()} {source!r} {absolute(path)}"))
     newest = 0
     for name, signs, target in found:
         result.update(_bytes(f"{name}\0{signs}\0{target}\n"))
-        newest = max(newest, signs[TIME])
+        newest = max(newest, 0 if isinstance(signs, str) else signs[TIME])
     return SourceState(result.hexdigest()[:32], newest)
+
+
+def absolute(path: str) -> str:
+    """Return a path as it is from anywhere on this machine."""
+    return path if files.is_url(path) else os.path.realpath(path)
+
+
+def _remote_signs(path: str) -> list[tuple[str, str, str]]:
+    """Return names and signs of all files that a listing of an address sees.
+
+    Raises:
+        OSError: if the store does not say of each whether it has changed.
+    """
+    found = {
+        name: sign
+        for name, sign in remote.signs_below(path).items()
+        if not files.is_hidden(name.split("/"))
+    }
+    if not all(found.values()) or files.is_page(path):
+        raise OSError("the store does not say when its files change")
+    return [(name, sign, "") for name, sign in sorted(found.items())]
 
 
 def _signs(path: str) -> list[tuple[str, Signs, str]]:
@@ -94,13 +118,16 @@ class Identities:
         return int.from_bytes(digest.digest(), "little", signed=True)
 
     def _of_file(self, path: str) -> str:
+        if files.is_url(path):  # which is part of the number, as an inode is
+            sign = remote.sign_of(path)
+            return f"{path} {sign}" if sign else ""
         last, signs = self._last  # several threads ask
         if path != last:
             signs = ""
             with contextlib.suppress(OSError):
                 state = os.stat(path)
                 found = _of(state)
-                regular = not files.is_url(path) and stat.S_ISREG(state.st_mode)
+                regular = stat.S_ISREG(state.st_mode)
                 if regular and found[TIME] < self._lasting:
                     signs = str(found)
             self._last = (path, signs)
