@@ -127,12 +127,7 @@ def why_left_out(name: str) -> str:
 def has_known_ending(name: str) -> bool:
     """Return whether the ending alone tells what a file is, so that its bytes need not be read."""
     lowered = name.lower().rpartition("/")[2]
-    known = (
-        *ARCHIVES,
-        *(suffix for suffixes, _ in _CONVERT.values() for suffix in suffixes),
-        *_OTHER,
-    )
-    return lowered in SYSTEM or lowered.endswith((*SUFFIXES, *known))
+    return lowered in SYSTEM or lowered.endswith(_KNOWN)
 
 
 _OTHER = (
@@ -180,6 +175,14 @@ _OTHER = (
     ".wav",
     ".mp3",
     ".flac",
+)
+
+
+_KNOWN = (
+    *SUFFIXES,
+    *ARCHIVES,
+    *(suffix for suffixes, _ in _CONVERT.values() for suffix in suffixes),
+    *_OTHER,
 )
 
 

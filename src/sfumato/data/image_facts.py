@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +25,26 @@ class ImageFacts:
     shapes: NDArray[np.int64]
     sizes: NDArray[np.int64]
     frames: NDArray[np.int64]
-    notes: dict[str, list[int]]
+    notes: dict[str, array[int]]
 
     @classmethod
-    def of(cls, facts: Sequence[Mapping[str, Any]]) -> ImageFacts:
+    def of(cls, facts: Iterable[Mapping[str, Any]]) -> ImageFacts:
         """Return those that the store of the pixels keeps, image by image."""
-        notes: dict[str, list[int]] = {}
+        ids = bytearray()
+        shapes, sizes, frames = (array("q") for _ in range(3))
+        notes: dict[str, array[int]] = {}
         for place, fact in enumerate(facts):
+            ids += bytes.fromhex(fact["id"])
+            shapes.append(fact["shape"])
+            sizes.extend(fact["size"])
+            frames.append(fact.get("frames", 1))
             for note in fact["notes"]:
-                notes.setdefault(note, []).append(place)
+                notes.setdefault(note, array("q")).append(place)
         return cls(
-            ids=HexIds.of([str(fact["id"]) for fact in facts]),
-            shapes=np.array([fact["shape"] for fact in facts], np.int64),
-            sizes=np.array([fact["size"] for fact in facts], np.int64).reshape(-1, 2),
-            frames=np.array([fact.get("frames", 1) for fact in facts], np.int64),
+            ids=HexIds(np.frombuffer(bytes(ids), np.uint8).reshape(-1, 16)),
+            shapes=np.array(shapes, np.int64),
+            sizes=np.array(sizes, np.int64).reshape(-1, 2),
+            frames=np.array(frames, np.int64),
             notes=notes,
         )
 

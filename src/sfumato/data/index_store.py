@@ -169,6 +169,8 @@ def listed(source: Source, *, trusts: bool = True) -> Listing:
         return listing
     if watch.was_slow:
         place.save(state, lambda: (encode(listing.entries), _listing_facts(listing)))
+        if (stored := place.load(state)) is not None:  # in columns, which take little memory
+            return _listing(stored, state)
     return replace(listing, state=state)
 
 

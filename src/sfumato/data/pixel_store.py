@@ -27,6 +27,7 @@ from sfumato.storage.cache_folder import cache_folder
 
 DECODER = 2  # raised when the same bytes come to give other pixels
 CACHE_SHARE_OF_DISK = 0.25
+FACTS_AT_ONCE = 1 << 16  # of records that are parsed together
 COMMIT_EVERY = 20_000
 Rows = Callable[[NDArray[np.int64]], NDArray[Any]]  # arrays (n, ...) at positions
 Add = Callable[[str, Mapping[str, Any], Mapping[str, NDArray[Any]]], None]
@@ -219,8 +220,8 @@ class PixelStore(ABC):
         """Find what other processes have added."""
 
     @abstractmethod
-    def facts(self, keys: NDArray[np.bytes_]) -> list[dict[str, Any]]:
-        """Return the facts about images."""
+    def facts(self, keys: NDArray[np.bytes_]) -> Iterator[dict[str, Any]]:
+        """Yield the facts about images."""
 
     @abstractmethod
     def readers(self, keys: NDArray[np.bytes_]) -> tuple[Rows | None, Rows]:
@@ -270,9 +271,10 @@ class CachedPixels(PixelStore):
         """Return how many of some images the cache does not have."""
         return int((self.cache.records.find(keys)[0] < 0).sum())
 
-    def facts(self, keys: NDArray[np.bytes_]) -> list[dict[str, Any]]:
-        """Return the facts about images."""
-        return self.cache.records.facts(keys)
+    def facts(self, keys: NDArray[np.bytes_]) -> Iterator[dict[str, Any]]:
+        """Yield the facts about images."""
+        for begin in range(0, len(keys), FACTS_AT_ONCE):
+            yield from self.cache.records.facts(keys[begin : begin + FACTS_AT_ONCE])
 
     def readers(self, keys: NDArray[np.bytes_]) -> tuple[Rows, Rows]:
         """Return readers of pixels and thumbnails."""
@@ -312,9 +314,9 @@ class PixelsInMemory(PixelStore):
     def refresh(self) -> None:
         """Do nothing: no other process adds anything."""
 
-    def facts(self, keys: NDArray[np.bytes_]) -> list[dict[str, Any]]:
-        """Return the facts about all images, in their order."""
-        return self._facts
+    def facts(self, keys: NDArray[np.bytes_]) -> Iterator[dict[str, Any]]:
+        """Yield the facts about all images, in their order."""
+        yield from self._facts
 
     def readers(self, keys: NDArray[np.bytes_]) -> tuple[Rows | None, Rows]:
         """Return readers of all images, in their order."""
