@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sfumato.data.neighbours import nearest_points
 from sfumato.data.parallel import ordered_map
-from sfumato.data.thumbnail_difference import align, centred, difference, power
+from sfumato.data.thumbnail_difference import align, centred, differ_less, power
 from sfumato.data.thumbnails import (
     CHUNK,
     SIDE,
@@ -309,10 +309,10 @@ def _alike(
 def _show_the_same(
     first: NDArray[np.uint8], second: NDArray[np.uint8], correlation: Floats
 ) -> NDArray[np.bool_]:
-    alike = np.asarray(difference(first, second) < MAX_DIFFERENCE, bool)
+    alike = differ_less(first, second, MAX_DIFFERENCE)
     for fixed, moving in ((first, second), (second, first)):
         undecided = np.flatnonzero(~alike & (correlation > MIN_CORRELATION_TO_ALIGN))
         if len(undecided):
             aligned = align(fixed[undecided], moving[undecided])
-            alike[undecided] = difference(fixed[undecided], aligned) < MAX_DIFFERENCE
+            alike[undecided] = differ_less(fixed[undecided], aligned, MAX_DIFFERENCE)
     return alike

@@ -14,23 +14,39 @@ from sfumato.data.thumbnails import SIDE, Floats, means
 EDGE_TOLERANCE = 0.2
 ZOOMS, SHIFTS = (1.0, 1.035, 1.07, 1.105), (-1.0, -0.5, 0.0, 0.5, 1.0)
 MARGIN = 2  # pixels of a thumbnail at its rim, which an alignment may have to make up
+INSIDE, MIDDLE = slice(MARGIN, SIDE - MARGIN), slice(14, 18)
+ROUNDING = 1e-4  # of a difference that is summed in another order
 PLACES = np.arange(MARGIN, SIDE - MARGIN, 2)  # pixels that an alignment is judged by
 
 
-def difference(first: NDArray[Any], second: NDArray[Any]) -> Floats:
+def difference(first: NDArray[Any], second: NDArray[Any], rows: slice = INSIDE) -> Floats:
     """Return how far pairs of thumbnails (n, 32, 32, 3) differ where they differ most, out of 255.
 
     One gain and offset are fitted for all channels; what a small misplacement of edges explains is
     left out; the rest is averaged over 4 x 4 pixels, and the largest value is taken.
+
+    Args:
+        rows: of pixels that are looked at, a multiple of 4.
     """
     a, b = (centred(images) for images in (first, second))
     gain = np.sqrt((power(a) + 1) / (power(b) + 1)).clip(0.6, 1.6)
-    b = b * gain
-    inside = slice(MARGIN, SIDE - MARGIN)
-    excess = np.maximum(np.abs(a - b) - EDGE_TOLERANCE * np.maximum(_range(a), _range(b)), 0)[
-        :, inside, inside
-    ]
-    result: Floats = means(excess, 4).reshape(len(a), -1).max(1)
+    around = slice(
+        rows.start - 1, rows.stop + 1
+    )  # which the ranges of the first and last rows need
+    a, b = a[:, around], b[:, around] * gain
+    excess = np.maximum(np.abs(a - b) - EDGE_TOLERANCE * np.maximum(_range(a), _range(b)), 0)
+    result: Floats = means(excess[:, 1:-1, INSIDE], 4).max((1, 2, 3))
+    return result
+
+
+def differ_less(first: NDArray[Any], second: NDArray[Any], most: float) -> NDArray[np.bool_]:
+    """Return which pairs of thumbnails differ by less than `most`; see `difference`.
+
+    Most pairs that differ by more do so in the middle, at which all are looked first.
+    """
+    result = np.zeros(len(first), bool)
+    left = np.flatnonzero(difference(first, second, MIDDLE) < most * (1 + ROUNDING))
+    result[left] = difference(first[left], second[left]) < most
     return result
 
 
@@ -52,8 +68,8 @@ def _range(images: Floats) -> Floats:
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
 
     def over(function: np.ufunc) -> Floats:
-        rows = function.reduce([padded[:, i : i + SIDE] for i in range(3)])
-        result: Floats = function.reduce([rows[:, :, i : i + SIDE] for i in range(3)])
+        rows = function(function(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
+        result: Floats = function(function(rows[:, :, :-2], rows[:, :, 1:-1]), rows[:, :, 2:])
         return result
 
     return over(np.maximum) - over(np.minimum)
