@@ -9,7 +9,7 @@ the first step, so that no step decodes, encodes or tokenizes (the example of di
 step; here it frees its encoders instead). Ours also averages the weights and keys its noise
 by sample; theirs does not. Each lives in a process of its own; they take steps in turn. Memory is
 the peak of the process, loading and encoding included, less what it held when all was imported (on
-a GPU, the most that was allocated).
+a GPU, the most that was allocated), and the most that tensors take during a step.
 
 `--shapes sdxl` is for a GPU: the sizes of SDXL at 1024 px, batch 1, base in bfloat16, activations
 recomputed, products in bfloat16, in both.
@@ -17,6 +17,8 @@ recomputed, products in bfloat16, in both.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -32,6 +34,7 @@ import torch
 from machine import interleaved, machine, options, paired_ratio, report, seconds
 from PIL import Image
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from sfumato.condition import Condition
 from sfumato.training.precision import default_device
@@ -39,6 +42,7 @@ from sfumato.training.precision import default_device
 RANK, IMAGES, FACTOR = 16, 8, 8
 TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+TENSORS = (torch.Tensor, torch.nn.Parameter)
 SIZES = (1024, 1024, 0, 0, 1024, 1024)  # that SDXL is told
 
 
@@ -306,8 +310,25 @@ def resident(key: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 
+def tensors(step: Callable[[], object]) -> int:
+    """The most bytes of tensors during a step on a CPU, as `max_memory_allocated` is on a GPU: those that
+    there are before it, weights that are mapped from a file included, and what it adds at most.
+    """
+    gc.collect()
+    storages = [each.untyped_storage() for each in gc.get_objects() if type(each) in TENSORS]
+    before = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
+    return before + max(itertools.accumulate(sizes))
+
+
 def serve(name: str, shape: Shape, folder: Path) -> None:
-    """Take as many steps as each line of the input says, and say how long they took."""
+    """Take as many steps as each line of the input says, and say how long they took; at last, for 0, how
+    much their tensors take.
+    """
     import diffusers
     import peft
     import transformers
@@ -324,6 +345,8 @@ def serve(name: str, shape: Shape, folder: Path) -> None:
     for line in sys.stdin:
         taken = [seconds(step) for _ in range(int(line))]
         peak = torch.cuda.max_memory_allocated() if gpu else resident("VmHWM") - before
+        if not taken:
+            peak = peak if gpu else tensors(step)
         print(json.dumps({"seconds": taken, "peak_mib": peak / 2**20}), flush=True)
 
 
@@ -372,6 +395,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
                 peaks[key] = result["peak_mib"]
                 if number:  # the first warms up
                     times[key].append(statistics.median(result["seconds"]))
+        most = {key: candidate.take(0)["peak_mib"] for key, candidate in candidates.items()}
         for candidate in candidates.values():
             candidate.close()
         weights = sum(path.stat().st_size for path in (folder / "model/unet").glob("*.safetensors"))
@@ -382,6 +406,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
         "steps_per_s": {key: 1 / statistics.median(taken) for key, taken in times.items()},
         "ratio": paired_ratio(times["ours"], times["peft"]),
         "peak_mib": peaks,
+        "peak_of_tensors_mib": most,
         "call": called,
     }
 

@@ -68,7 +68,8 @@ class DataConfig:
         cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free
             space; `off` does not.
         verify: `auto` reads a source again only where sizes, times of change or numbers (inodes) of its
-            files differ from when it was last read; `always` reads all of it at each start.
+            files, or what a store says of them (etag, generation), differ from when it was last read;
+            `always` reads all of it at each start.
         memory_gib: without a cache, sets whose pixels need less stay in memory, others are decoded
             as they are used.
         workers: processes that decode ahead when they are.
