@@ -44,7 +44,7 @@ from sfumato.data.entry_table import EntryTable, NotStorable, encode
 from sfumato.data.frames import Brightest, Frame
 from sfumato.data.index_store import KnownKeys
 from sfumato.data.listing import Inline, Slice, ZipMember, containers
-from sfumato.data.sources.huggingface import Item
+from sfumato.data.sources.huggingface import HuggingFace, Item
 from sfumato.data.sources.npz import ArrayImage
 from sfumato.data.sources.parquet import Cell
 from sfumato.errors import DataError
@@ -442,6 +442,32 @@ def test_only_sources_whose_files_say_all_are_kept(tmp_path: Path) -> None:
     assert source_state.state_of(source_at("digits")) is None
     assert source_state.state_of(Folder("memory://images")) is None
     assert source_state.state_of(Folder(str(tmp_path / "missing"))) is None
+
+
+def test_a_saved_dataset_is_kept_until_it_is_written_anew(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def save(first: int) -> None:
+        images = [
+            {"bytes": encoded(noise(16, 16, seed=first + n)), "path": None} for n in range(12)
+        ]
+        features = datasets.Features({"image": datasets.Image()})
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        datasets.Dataset.from_dict({"image": images}, features=features).save_to_disk(
+            str(tmp_path / "set")
+        )
+
+    save(0)
+    config = configured(tmp_path / "set")
+    first = contents(opened(config))
+    kept = opened(config)
+    assert kept.is_kept
+    assert contents(kept) == first
+    save(100)
+    again = opened(config)
+    assert not again.is_kept
+    assert not set(again.ids) & set(first["ids"])
+    assert source_state.state_of(HuggingFace(path="owner/name")) is None
 
 
 def test_links_are_followed_once_and_hidden_files_do_not_count(tmp_path: Path) -> None:

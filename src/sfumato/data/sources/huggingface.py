@@ -82,6 +82,7 @@ class HuggingFace(Source):
     """
 
     kind: ClassVar[str] = "huggingface"
+    is_of_files: ClassVar[bool] = True  # of a folder; of a name on the hub, nothing is known
 
     path: str
     split: str = "train"
@@ -92,6 +93,7 @@ class HuggingFace(Source):
         Raises:
             DataError: if `datasets` is missing, the dataset cannot be loaded, or it has no images.
         """
+        _open.cache_clear()  # the folder may have been written anew
         data = _open(self.path, self.split)
         images = [
             name for name, feature in data.features.items() if type(feature).__name__ == "Image"
