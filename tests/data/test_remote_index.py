@@ -8,8 +8,11 @@ import io
 import os
 import tarfile
 import threading
+import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,11 +28,15 @@ from sfumato.data import (
     WebDataset,
     index,
     index_store,
+    loader,
     parallel,
     remote,
+    source_at,
     source_state,
 )
+from sfumato.data.pixel_store import PartTask
 from sfumato.storage.cache_folder import cache_folder
+from tests.helpers import containers
 from tests.helpers.image_bytes import encode, noise
 
 URL, SHARDS, EACH = "memory://bucket/set", 3, 4
@@ -133,7 +140,7 @@ def test_added_and_removed_shards_are_found(opened: list[str]) -> None:
 def test_a_store_that_does_not_say_when_its_files_change_is_read_again(
     opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "SIGNS", ())
+    monkeypatch.setattr(remote, "TIMES", ())
     first = indexed()
     again = indexed()
     assert not again.is_kept
@@ -159,6 +166,111 @@ def test_settings_of_a_source_share_keys_wherever_a_command_runs(
     monkeypatch.chdir(tmp_path)
     assert indexed().is_kept
     assert not opened
+
+
+KINDS = {
+    "zip": lambda path: containers.zipped(path, containers.images(), zipfile.ZIP_DEFLATED),
+    "parquet": containers.table,
+    "npz": containers.npz,
+    "tar": containers.webdataset,
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+@pytest.mark.parametrize("options", [{}, {"cache": "off"}, {"verify": "always"}])
+def test_what_was_replaced_is_read_anew_in_the_same_process(
+    kind: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = KINDS[kind](tmp_path / f"x.{kind}")
+    config = DataConfig(source=source_at(f"file://{place}"), resolution=8, **options)
+    first = index(config)
+    time.sleep(0.01)
+    original = list(containers.SAMPLES)
+    turned = [replace(sample, values=255 - sample.values) for sample in original]
+    monkeypatch.setattr(containers, "SAMPLES", turned)
+    place.unlink()
+    KINDS[kind](place)
+    again = index(config)
+    assert not again.is_kept
+    assert not set(again.ids) & set(first.ids)
+    monkeypatch.setattr(remote, "_signs", {})  # as in another process
+    assert list(index(config).ids) == list(again.ids)
+
+
+def test_a_look_whether_anything_has_changed_changes_nothing_that_is_read(
+    opened: list[str],
+) -> None:
+    state = source_state.state_of(WebDataset(URL))
+    assert state is not None
+    before = remote.known_signs()
+    put("1.tar", tar(50))
+    assert source_state.state_of(WebDataset(URL), notes=False) != state
+    assert remote.known_signs() == before
+
+
+def test_other_processes_read_the_same_versions(opened: list[str]) -> None:
+    dataset = indexed(cache="off", memory_gib=0.0)
+    known = remote.known_signs()
+    assert len(known) == SHARDS
+    reader = loader._Batches(dataset, dataset.plan(seed=0, batch_size=2), 0, 1)
+    state = reader.__getstate__()
+    remote._signs.clear()
+    reader.__setstate__(dict(state))
+    assert remote.known_signs() == known
+    blobs = [entry.image for entry in dataset.entries]
+    task = PartTask(blobs, dataset.pixel_format, str(cache_folder() / "pixels" / "x"), known)
+    remote._signs.clear()
+    opened.clear()
+    assert task.read().count == len(blobs)
+    assert not opened  # from the copies of this version
+
+
+def test_images_that_a_store_refuses_are_asked_for_again(
+    opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.filesystem("memory").store.clear()
+    for number in range(6):
+        put(f"{number}.png", encode(noise(16, 16, seed=number)))
+    config = DataConfig(source=Folder(URL), resolution=16)
+    real = remote._fetch_once
+
+    def refused(url: str, *others: Any) -> None:
+        if url.endswith("3.png"):
+            raise PermissionError("access denied")
+        real(url, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_fetch_once", refused)
+        assert len(index(config).entries) == 5
+    whole = index(config)
+    assert not whole.is_kept
+    assert len(whole.entries) == 6
+    assert index(config).is_kept
+
+
+def test_nothing_is_kept_of_an_address_with_a_secret(opened: list[str]) -> None:
+    source = WebDataset("memory://user:secret@bucket/set")
+    assert source_state.state_of(source) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "text", "newest"),
+    [
+        ({"size": 3, "ETag": "abc", "LastModified": 5}, "size=3 ETag=abc", 0),
+        ({"size": 3, "mtime": 1.5}, "size=3 mtime=1.5", 1_500_000_000),
+        (
+            {"size": 3, "Last-Modified": "Thu, 01 Jan 1970 00:00:02 GMT"},
+            "size=3 Last-Modified=Thu, 01 Jan 1970 00:00:02 GMT",
+            2_000_000_000,
+        ),
+        ({"size": 3, "modified": "lately"}, "", 0),
+        ({"size": 3}, "", 0),
+    ],
+)
+def test_signs_are_hashes_or_times_that_can_be_compared(
+    facts: dict[str, Any], text: str, newest: int
+) -> None:
+    assert remote._sign(facts) == (text, newest)
 
 
 class Served(SimpleHTTPRequestHandler):

@@ -184,17 +184,20 @@ def test_a_stopped_run_that_goes_on_gives_the_same_looks_and_verdict(
         )
 
 
-def views_of_looks(look_s: float, *, memorizes_from: float) -> list[float]:
+def views_of_looks(look_s: float, *, memorizes_from: float, begins: int = 0) -> list[float]:
     """Return when looks are taken in a run of 500 views and 800 seconds, of which looks may take 36,
-    their errors 21.6.
+    their errors 21.6; from a step on, with other data, after six looks before.
     """
     hook, taken = Looks(None, None, None), []
+    hook._before = 6 if begins else 0
     counters = SimpleNamespace(step=0, seconds=0.0, looks_s=0.0)
-    for number in range(1, 5001):
+    for number in range(begins + 1, 5001):
         views, progress = number / 10, number / 5000
         counters.step, counters.seconds = number, 800 * progress
         trainer = SimpleNamespace(
-            views=views,
+            views=views - begins / 10,
+            epochs=views,
+            plan=SimpleNamespace(begins=begins),
             progress=progress,
             state=SimpleNamespace(counters=counters),
             config=SimpleNamespace(validation=None),
@@ -203,10 +206,21 @@ def views_of_looks(look_s: float, *, memorizes_from: float) -> list[float]:
         hook._looks, hook._state = taken, "learning"
         if hook.due(trainer, finished=False):
             ratio = 1.2 if views > memorizes_from else 1.0
-            taken.append(Look(step=number, views=views, held_out=(ratio,), seen=(1.0,)))
+            taken.append(Look(step=number, views=trainer.views, held_out=(ratio,), seen=(1.0,)))
             hook._errors_s.append(look_s)
             counters.looks_s += look_s
     return [look.views for look in taken]
+
+
+@pytest.mark.parametrize("look_s", [1.0, 2.0])
+def test_looks_at_other_data_are_spread_over_what_is_left(
+    look_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfumato.training.looks.FREE_S", 10.0)
+    views = views_of_looks(look_s, memorizes_from=math.inf, begins=2500)
+    assert 0 < views[0] <= 1.1
+    gaps = [late / soon for soon, late in itertools.pairwise([*views, 250.0])]
+    assert max(gaps) < 2.6
 
 
 @pytest.mark.parametrize("look_s", [0.3, 1.0, 1.5])

@@ -180,7 +180,8 @@ def is_folder(path: str) -> bool:
 
 def is_page(path: str) -> bool:
     """Return whether an address may be one of a page that lists files, which says nothing of these."""
-    return path.startswith(HTTP) and not path.partition("?")[0].lower().endswith(ARCHIVES)
+    last = path.rpartition("::")[2]  # of a chain
+    return last.startswith(HTTP) and not last.partition("?")[0].lower().endswith(ARCHIVES)
 
 
 def local(path: str) -> Path:
@@ -197,19 +198,16 @@ def local(path: str) -> Path:
     return Path(path)
 
 
-def version(path: str) -> tuple[int, ...]:
-    """Return numbers that change when a file on this machine is replaced.
-
-    () for a URL, which is fetched once.
-    """
+def version(path: str) -> tuple[int | str, ...]:
+    """Return what changes when a file is replaced: numbers, or what the store of an address has said."""
     if is_url(path):
-        return ()
+        return (remote.sign_of(path),)
     state = os.stat(path)
     # the last of these times cannot be set
     return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
-def version_of_local(path: str) -> tuple[int, ...]:
+def version_of_local(path: str) -> tuple[int | str, ...]:
     """Return `version`; for a URL, numbers of the copy that was fetched, of which each use sets the
     other times.
     """
@@ -228,7 +226,10 @@ _failed_reads = 0
 def may_pass(error: BaseException | None) -> bool:
     """Return whether an error, or one that it stands for, comes from a disk or network."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno is not None and error.errno not in LASTING:
+        passes = getattr(error, "may_pass", False)
+        if isinstance(error, OSError) and (
+            passes or (error.errno is not None and error.errno not in LASTING)
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -145,7 +145,7 @@ class Watch:
         return (
             files.failed_reads() == self._failed
             and state.newest_ns < self._begun_ns - source_state.RECENT_NS
-            and state_of(source) == state
+            and state_of(source, notes=False) == state
         )
 
 
@@ -157,8 +157,8 @@ def listed(source: Source, *, trusts: bool = True) -> Listing:
     Raises:
         DataError: see `Source.listing`.
     """
-    state = state_of(source) if trusts else None
-    if state is None:
+    state = state_of(source)  # which notes, in any case, which versions of remote files are read
+    if state is None or not trusts:
         return source.listing()
     place = Place("listings", repr(source))
     if (stored := place.load(state)) is not None and _has_containers(stored):

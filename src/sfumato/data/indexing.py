@@ -26,7 +26,7 @@ from sfumato.data.holdout import merge_groups, place_of, too_few_images
 from sfumato.data.image_facts import ImageFacts
 from sfumato.data.index_store import KnownKeys, NamesAt, listed
 from sfumato.data.ledger import Ledger
-from sfumato.data.listing import Entry, Listing, Reject, select, value_at, values
+from sfumato.data.listing import Entry, Listing, Reject, path_of, select, value_at, values
 from sfumato.data.missing_labels import fill_missing
 from sfumato.data.parallel import Tally, forked_map, uses_processes
 from sfumato.data.pixel_store import (
@@ -39,6 +39,7 @@ from sfumato.data.pixel_store import (
     pixel_store,
     read_part,
 )
+from sfumato.data.remote import sign_of
 from sfumato.data.segment_records import bytes_of
 from sfumato.data.source_state import state_of
 from sfumato.data.stored_index import StoredIndex
@@ -140,14 +141,11 @@ def prepare_by(
     store = found.store_on_disk(KnownKeys())
     count = len(found.entries)
     begins = range(0, count, max(MIN_PART, min(MAX_PART, count // MANY_PARTS)))
-    tasks = [
-        PartTask(
-            [entry.image for entry in found.entries[begin : begin + begins.step]],
-            store.form,
-            str(store.cache.folder),
-        )
-        for begin in begins
-    ]
+    tasks = []
+    for begin in begins:
+        blobs = [entry.image for entry in found.entries[begin : begin + begins.step]]
+        signs = {path: sign_of(path) for path in {path_of(blob) for blob in blobs} if path}
+        tasks.append(PartTask(blobs, store.form, str(store.cache.folder), signs))
     read = ReadPart.empty(count)
     for number, part in executor(PartTask.read, tasks):
         read.insert(begins[number], part)

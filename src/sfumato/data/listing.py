@@ -165,7 +165,7 @@ DAMAGED_ZIP = (
 
 
 @lru_cache(maxsize=4)
-def _open_zip(path: str, version: tuple[int, ...], process: int) -> zipfile.ZipFile:
+def _open_zip(path: str, version: tuple[int | str, ...], process: int) -> zipfile.ZipFile:
     """Open an archive, once for each version of the file and each process.
 
     Forked processes would otherwise share the position in the file.

@@ -22,6 +22,7 @@ from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.dataset import Dataset
 from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import Reject
+from sfumato.data.remote import known_signs, note_signs
 from sfumato.platform import die_with_parent
 
 TIMEOUT_S = 1.0  # of waiting for processes that read ahead, after which signals are looked at
@@ -83,6 +84,13 @@ class _Batches(TorchDataset[Batch]):
 
     def __init__(self, dataset: Dataset, plan: BatchPlan, rank: int, ranks: int) -> None:
         self.dataset, self.plan, self.rank, self.ranks = dataset, plan, rank, ranks
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "signs": known_signs()}  # of a process that is not forked
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        note_signs(state.pop("signs"))
+        self.__dict__.update(state)
 
     def __getitem__(self, step: int) -> Batch:
         positions = self.dataset.epoch[self.plan.batch(step, rank=self.rank, ranks=self.ranks)]

@@ -20,6 +20,7 @@ from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, d
 from sfumato.data.files import may_pass
 from sfumato.data.index_store import KnownKeys
 from sfumato.data.listing import Blob
+from sfumato.data.remote import note_signs
 from sfumato.data.segment_records import KEY, key_of
 from sfumato.data.source_state import Identities
 from sfumato.data.thumbnails import thumbnail
@@ -168,14 +169,17 @@ class PartTask:
         blobs: its images.
         form: the format that they are decoded to.
         cache: the folder of the decoded images.
+        signs: the versions of remote files that are read, by address.
     """
 
     blobs: Sequence[Blob]
     form: PixelFormat
     cache: str
+    signs: Mapping[str, str] = field(default_factory=dict)
 
     def read(self) -> ReadPart:
         """Read the images, and add those to the cache that it lacks."""
+        note_signs(self.signs)
         cache = _cache_at(self.cache)
         cache.refresh()
         store = CachedPixels(self.form, KnownKeys(), cache)

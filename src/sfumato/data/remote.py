@@ -11,9 +11,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from sfumato.errors import DataError, redact_secrets
 from sfumato.platform import lock_file
@@ -24,13 +26,13 @@ from sfumato.storage.cache_folder import cache_folder
 LOCK_POLL_S = 0.05
 LOCK_DIGITS = 3  # of a file's name, by which it is locked: 4,096 locks for any number of files
 ATTEMPTS, PAUSE_S = 6, 0.5  # of each file to fetch, and the first pause, which doubles
-REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS = 408, 425, 429  # of HTTP, which may pass
-UNAUTHORIZED = 401
+# of HTTP: not authorized, which is so of all files; and a timeout, too early, and too many requests
+PASSING = (401, 408, 425, 429)
 NEVER = threading.Event()
-# what stores say of a file that another content changes; of some, several
-SIGNS = (
-    "ETag", "etag", "generation", "Content-MD5", "sha", "blob_id", "mtime", "LastModified",
-    "last_modified", "Last-Modified", "modified", "updated", "created",
+# what stores say of a file that another content changes; and times of change, of which some are coarse
+SIGNS = ("ETag", "etag", "generation", "Content-MD5", "sha", "blob_id")
+TIMES = (
+    "mtime", "LastModified", "last_modified", "Last-Modified", "modified", "updated", "created",
 )  # fmt: skip
 _signs: dict[str, str] = {}  # of the addresses that were listed
 _locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -40,6 +42,21 @@ if hasattr(os, "register_at_fork"):  # a thread of the parent may hold one
 
 class FetchStopped(Exception):
     """A file is no longer wanted."""
+
+
+class RefusedFile(OSError):
+    """A file that a store refuses to give, which it may give another time."""
+
+    may_pass = True
+
+
+class Sign(NamedTuple):
+    """What a store says of a file that another content changes, "" for nothing; and when it was changed,
+    in ns, 0 where that is told by the text alone.
+    """
+
+    text: str
+    newest_ns: int = 0
 
 
 def limit_bytes() -> int:
@@ -100,11 +117,13 @@ def ask(url: str, question: str) -> Any:
         raise _unreachable(url, error) from None
 
 
-def signs_below(root: str) -> dict[str, str]:
+def signs_below(root: str, *, notes: bool = True) -> dict[str, Sign]:
     """Return what a store says now of each file below an address, by relative name ("" for that of a
-    file), which another content changes; "" where it says nothing of the kind.
+    file).
 
-    Copies of files that were fetched with other signs are not used any more.
+    Args:
+        notes: whether this process reads these versions from now on: copies of files that were fetched
+            with other signs are then not used any more.
 
     Raises:
         DataError: if the store cannot be reached.
@@ -119,14 +138,46 @@ def signs_below(root: str) -> dict[str, str]:
         below = {path[begin:]: _sign(facts) for path, facts in found.items()}
     except Exception as error:
         raise _unreachable(root, error) from None
-    for name, sign in below.items():
-        _signs[f"{root.rstrip('/')}/{name}" if name else root] = sign
+    if notes:
+        note_signs(
+            {
+                f"{root.rstrip('/')}/{name}" if name else root: sign.text
+                for name, sign in below.items()
+            }
+        )
     return below
 
 
-def _sign(facts: Mapping[str, Any]) -> str:
-    named = [f"{name}={facts[name]}" for name in SIGNS if facts.get(name) is not None]
-    return " ".join([f"size={facts.get('size')}", *named]) if named else ""
+def _sign(facts: Mapping[str, Any]) -> Sign:
+    """Return the sign of a file; a time counts only if it can be compared with the clock."""
+    strong = [f"{name}={facts[name]}" for name in SIGNS if facts.get(name) is not None]
+    size = f"size={facts.get('size')}"
+    if strong:
+        return Sign(" ".join([size, *strong]))
+    times = {name: _time_ns(facts[name]) for name in TIMES if facts.get(name) is not None}
+    if not times or None in times.values():
+        return Sign("")
+    newest = max(time_ns or 0 for time_ns in times.values())
+    return Sign(" ".join([size, *(f"{name}={facts[name]}" for name in times)]), newest)
+
+
+def _time_ns(value: Any) -> int | None:
+    """Return a time as stores give it, in ns; None if it cannot be read."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if isinstance(value, str):
+            value = parsedate_to_datetime(value)
+        return int(1e9 * (value.timestamp() if isinstance(value, datetime) else float(value)))
+    return None
+
+
+def note_signs(signs: Mapping[str, str]) -> None:
+    """Read these versions of files from now on, by their addresses."""
+    _signs.update(signs)
+
+
+def known_signs() -> dict[str, str]:
+    """Return the versions that this process reads, by address, for processes that it does not fork."""
+    return dict(_signs)
 
 
 def sign_of(url: str) -> str:
@@ -142,7 +193,7 @@ def fetch(url: str, stop: threading.Event = NEVER) -> Path:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        OSError: if the store refuses to read this file.
+        RefusedFile: if the store refuses to read this file.
         DataError: if it cannot be fetched, also not after a while, or there is no room for it.
         FetchStopped: if `stop` is set.
     """
@@ -154,6 +205,8 @@ def fetch(url: str, stop: threading.Event = NEVER) -> Path:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(ATTEMPTS):
+            if stop.is_set():
+                raise FetchStopped
             try:
                 _fetch_once(url, target, stop)
                 return target
@@ -178,12 +231,20 @@ def _raise_if_lasting(url: str, error: Exception) -> None:
             "kept by SFUMATO_REMOTE_GIB",
         ) from None
     reason = redact_secrets(f"{url}: {error}")
-    if isinstance(error, FileNotFoundError | PermissionError):
-        raise type(error)(reason) from None
-    status = getattr(error, "status", None)  # of an answer to an HTTP request
+    if isinstance(error, FileNotFoundError):
+        raise FileNotFoundError(reason) from None
+    status = _status_of(error)
     lasts = isinstance(status, int) and 400 <= status < 500
-    if lasts and status not in (UNAUTHORIZED, REQUEST_TIMEOUT, TOO_EARLY, TOO_MANY_REQUESTS):
-        raise OSError(reason) from None
+    if isinstance(error, PermissionError) or (lasts and status not in PASSING):
+        raise RefusedFile(reason) from None
+
+
+def _status_of(error: Exception) -> Any:
+    """Return the status of an answer to an HTTP request, as the libraries of stores name it."""
+    answer = getattr(error, "response", None)
+    found = [getattr(error, "status", None), getattr(error, "code", None)]
+    found += [getattr(answer, "status_code", None)]
+    return next((status for status in found if isinstance(status, int)), None)
 
 
 def touch(url: str) -> bool:

@@ -264,7 +264,17 @@ class Records(Mapping[str, Record]):
 
     def _distinct(self) -> NDArray[np.bytes_]:
         """Return all keys, each once, in order."""
-        return np.unique(np.concatenate([np.empty(0, KEY), *(run.keys for run in self._index())]))
+        with self._lock:
+            runs = self._index()
+            if not runs:
+                return np.empty(0, KEY)
+            while len(runs) > 1:
+                *others, older, newer = runs
+                runs = [*others, older.merged(newer)]
+            self._runs = runs
+        keys = runs[0].keys
+        result: NDArray[np.bytes_] = keys[np.append(True, keys[1:] != keys[:-1])[: len(keys)]]
+        return result
 
     def find(self, keys: NDArray[np.bytes_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the numbers of the segments that hold keys, (n,), -1 for none, and their rows there."""

@@ -15,6 +15,7 @@ from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import path_of
 
 THREADS = 4
+CLOSE_S = 1.0
 WINDOWS = 2  # that are fetched: the one that is trained on, and the next
 
 
@@ -41,7 +42,10 @@ class ShardsAhead:
 
     def _say_that_the_order_is_global(self) -> None:
         """Say it where windows were asked for, or would be of use."""
-        count, config = len(self._dataset.shards), self._dataset.config
+        config = self._dataset.config
+        if config.shuffle != "window" and not self._is_needed:
+            return
+        count = len(self._dataset.shards)
         if config.shuffle == "window":
             self._say(
                 f"data.shuffle=window changes nothing: the set has {count} shards, and a window holds "
@@ -49,7 +53,7 @@ class ShardsAhead:
                 if count <= config.window
                 else "data.shuffle=window changes nothing: this run began before there were windows"
             )
-        elif self._is_needed and count > 1:
+        elif count > 1:
             self._say(
                 f"images come from {count} shards in one random order, so that a shard that "
                 "leaves the disk is fetched again: data.shuffle=window fetches each once in an epoch"
@@ -125,6 +129,7 @@ class ShardsAhead:
         self._begun, self._wanted = {}, []
 
     def close(self) -> None:
-        """Stop; what is being fetched is given up."""
+        """Stop; what is being fetched is given up, and waited for shortly: a store may not answer."""
         self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        wait(self._running, timeout=CLOSE_S)

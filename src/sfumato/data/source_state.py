@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sfumato.data import files, remote
 from sfumato.data.listing import Blob, Source, SourceState
-from sfumato.errors import DataError
+from sfumato.errors import DataError, redact_secrets
 
 # size; times of change, of the contents and of anything, in ns; number of the file (inode). The second
 # time cannot be set, so that an edit that keeps size and first time is seen
@@ -27,23 +27,27 @@ RECENT_NS = 2 * 10**9
 TIME = 1 if os.name == "nt" else 2  # there, the second time is that of creation
 
 
-def state_of(source: Source) -> SourceState | None:
+def state_of(source: Source, *, notes: bool = True) -> SourceState | None:
     """Return the state of a source; None if more than files may change its listing, or their store does
     not say when they change.
+
+    Args:
+        notes: see `remote.signs_below`.
     """
     path = getattr(source, "path", None)
     # a kind that derives from one of these may read more
     if not vars(type(source)).get("is_of_files") or path is None:
         return None
     try:
-        found = _remote_signs(path) if files.is_url(path) else _signs(path)
+        found = _remote_signs(path, notes=notes) if files.is_url(path) else _signs(path)
     except (OSError, DataError):  # said when it is read
         return None
     result = hashlib.sha256(_bytes(f"{_code()} {source!r} {absolute(path)}"))
     newest = 0
     for name, signs, target in found:
-        result.update(_bytes(f"{name}\0{signs}\0{target}\n"))
-        newest = max(newest, 0 if isinstance(signs, str) else signs[TIME])
+        text, time_ns = signs if isinstance(signs, remote.Sign) else (str(signs), signs[TIME])
+        result.update(_bytes(f"{name}\0{text}\0{target}\n"))
+        newest = max(newest, time_ns)
     return SourceState(result.hexdigest()[:32], newest)
 
 
@@ -52,18 +56,21 @@ def absolute(path: str) -> str:
     return path if files.is_url(path) else os.path.realpath(path)
 
 
-def _remote_signs(path: str) -> list[tuple[str, str, str]]:
+def _remote_signs(path: str, *, notes: bool) -> list[tuple[str, remote.Sign, str]]:
     """Return names and signs of all files that a listing of an address sees.
 
     Raises:
-        OSError: if the store does not say of each whether it has changed.
+        OSError: if the store does not say of each whether it has changed, or if the address has a secret,
+            which is not to be kept.
     """
     found = {
         name: sign
-        for name, sign in remote.signs_below(path).items()
+        for name, sign in remote.signs_below(path, notes=notes).items()
         if not files.is_hidden(name.split("/"))
     }
-    if not all(found.values()) or files.is_page(path):
+    if redact_secrets(path) != path:
+        raise OSError("the address has a secret")
+    if not all(sign.text for sign in found.values()) or files.is_page(path):
         raise OSError("the store does not say when its files change")
     return [(name, sign, "") for name, sign in sorted(found.items())]
 

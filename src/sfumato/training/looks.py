@@ -69,6 +69,7 @@ class Looks(Hook):
         self._looks: list[Look] | None = None
         self._state: State | None = None
         self._sample_s, self._fitted = 0.0, False
+        self._before = 0  # looks at other data
         self._errors_s: list[float] = []  # of the looks of this process, without their samples
 
     def looks(self, trainer: Trainer) -> list[Look]:
@@ -78,6 +79,7 @@ class Looks(Hook):
             step, begins = trainer.state.counters.step, trainer.plan.begins
             known = [Look.read(line) for line in lines if line["step"] <= step]
             self._looks = [look for look in known if look.begins == begins]
+            self._before = len(known) - len(self._looks)
             self._state = verdict(self._looks).state if self._looks else None
         return self._looks
 
@@ -88,7 +90,7 @@ class Looks(Hook):
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
         """Return True when enough views have passed since the last look, and at the end."""
         counters, looks = trainer.state.counters, self.looks(trainer)
-        if counters.step == 0 or (looks and looks[-1].step == counters.step):
+        if counters.step <= trainer.plan.begins or (looks and looks[-1].step == counters.step):
             return False
         if finished or trainer.timetable.due(self.name, trainer.config.validation):
             return True
@@ -104,11 +106,11 @@ class Looks(Hook):
         last = looks[-1].views if looks else 0.0
         if not looks or not (look_s := self._look_s(trainer, looks)):
             return next_mark(last)
-        allowed = max(MIN_LOOKS, ERRORS_SHARE * self._allowed_s(trainer) / look_s)
+        allowed = max(MIN_LOOKS, ERRORS_SHARE * self._allowed_s(trainer) / look_s - self._before)
         left = allowed - len(looks) - 1
         if left < 1:
             return math.inf
-        end = trainer.views / max(trainer.progress, 1e-9)
+        end = trainer.views + trainer.epochs * (1 / max(trainer.progress, 1e-9) - 1)
         if self._state not in HARMFUL and last < (soon := self._memorizes_by(looks)):
             end = min(end, soon)
         return max(next_mark(last), last * math.pow(max(1.0, end / last), 1 / left))
@@ -125,7 +127,7 @@ class Looks(Hook):
         """Return about how long the errors of a look take; after a resume, with its samples."""
         if self._errors_s:
             return sum(self._errors_s) / len(self._errors_s)
-        return trainer.state.counters.looks_s / len(looks)
+        return trainer.state.counters.looks_s / (self._before + len(looks))
 
     @staticmethod
     def _allowed_s(trainer: Trainer) -> float:
@@ -222,7 +224,9 @@ class Looks(Hook):
         allowed_s, taken_s = self._allowed_s(trainer), trainer.state.counters.looks_s
         spare_s = allowed_s - taken_s - self._errors_s[-1]
         samples_s = (1 - ERRORS_SHARE) * allowed_s
-        left_s = samples_s - max(0.0, taken_s - len(looks) * self._look_s(trainer, looks))
+        left_s = samples_s - max(
+            0.0, taken_s - (self._before + len(looks)) * self._look_s(trainer, looks)
+        )
         return (max(spare_s, left_s) if trainer.finished else left_s - samples_s / 2), spare_s
 
     def _expected_sample_s(self, trainer: Trainer) -> float:

@@ -66,7 +66,7 @@ class _Place(NamedTuple):
     """A column of one row group of one version of a file."""
 
     path: str
-    version: tuple[int, ...]
+    version: tuple[int | str, ...]
     group: int
     column: str
 
@@ -108,13 +108,13 @@ def _read_column(place: _Place) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _file(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
+def _file(path: str, version: tuple[int | str, ...]) -> pyarrow.parquet.ParquetFile:
     """Open a table, again whenever the file is replaced."""
     return arrow().parquet.ParquetFile(files.local(path))
 
 
 @lru_cache(maxsize=64)
-def _images(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
+def _images(path: str, version: tuple[int | str, ...]) -> pyarrow.parquet.ParquetFile:
     """Open the same table with images dictionary-encoded, as they are stored.
 
     An image that a million rows share is then kept once.
