@@ -52,7 +52,7 @@ class Looks(Hook):
 
     Without a validator, nothing is held out: only copies, and the comparison with the base of a
     fine-tuning, can be measured. Looks are kept in looks.jsonl, the weights of the best one and the verdict in `best/`. A run
-    that is resumed continues with the looks up to its checkpoint, and begins anew with other data.
+    that is resumed continues with the looks up to its checkpoint, and begins again with other data.
     """
 
     name = "looks"

@@ -93,7 +93,7 @@ class HuggingFace(Source):
         Raises:
             DataError: if `datasets` is missing, the dataset cannot be loaded, or it has no images.
         """
-        _open.cache_clear()  # the folder may have been written anew
+        _open.cache_clear()  # the folder may have been written again
         data = _open(self.path, self.split)
         images = [
             name for name, feature in data.features.items() if type(feature).__name__ == "Image"
