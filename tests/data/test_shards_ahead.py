@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -412,6 +413,34 @@ class Refused(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(f"{status}, message='no'")
         self.status = status
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SimpleNamespace(status=403),
+        SimpleNamespace(code=403),
+        SimpleNamespace(code="AccessDenied", response=SimpleNamespace(status_code=403)),
+    ],
+)
+def test_the_status_of_an_answer_is_found_as_libraries_name_it(error: Any) -> None:
+    assert remote._status_of(error) == 403
+    assert remote._status_of(SimpleNamespace(status="403")) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://host/images/", True),
+        ("https://host/a.tar", False),
+        ("https://host/a.tar?version=3", False),
+        ("simplecache::https://host/images/", True),
+        ("zip://x::https://host/a.zip", False),
+        ("s3://bucket/images", False),
+    ],
+)
+def test_pages_that_list_files_say_nothing_of_these(url: str, expected: bool) -> None:
+    assert files.is_page(url) == expected
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 410, 451])
