@@ -24,6 +24,7 @@ from sfumato.networks import UNetConfig
 from sfumato.networks.perceptual import RandomFeatures
 from sfumato.observability.metrics_file import read_lines
 from sfumato.reporting import write_report
+from sfumato.reporting.run_files import RunFiles
 from sfumato.runs import prepare, resume, train
 from sfumato.runs.training import build_trainer
 from sfumato.storage import checkpoint
@@ -37,8 +38,9 @@ from sfumato.training import (
     PreviewConfig,
     Trainer,
     ValidationConfig,
+    evidence,
 )
-from sfumato.training.evidence import Look, error_ratio, newest_looks
+from sfumato.training.evidence import Look, error_ratio
 from sfumato.training.looks import Looks
 from sfumato.training.monitors import FEWEST_SEEN, LOOK_BINS, Validator
 from sfumato.training.probe import Probe
@@ -137,9 +139,13 @@ def test_looks_at_other_data_are_compared_with_none_before(
     resume(run, overrides=[f"budget.steps={goal}", "stop=never"], accepts_data=True)
     looks = looks_of(run)
     assert looks[: len(before)] == before
-    since = newest_looks(read_lines(run / "looks.jsonl"))
+    since = RunFiles(run).looks
     assert since == looks[len(before) :]
     assert {look.begins for look in since} == {stopped}
+    assert RunDirectory.existing(run).data_record()["begins"] == stopped
+    lines = read_lines(run / "looks.jsonl")[: len(before)]
+    assert evidence.looks_of(lines, {"begins": stopped}) == []  # before the first look
+    assert evidence.looks_of(lines, {}) == before  # of versions before
     assert since[0].views <= 2  # of the images as they are now
     found = json.loads((run / "best" / "verdict.json").read_text())
     assert found["best_step"] in {look.step for look in since}

@@ -21,7 +21,7 @@ from sfumato.recipes.run import Run
 from sfumato.storage.atomic import write_text
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.denoising_error import Estimate
-from sfumato.training.evidence import Look, newest_looks
+from sfumato.training.evidence import Look, looks_of
 from sfumato.training.stopping import FEWEST_HELD_OUT, change, verdict
 
 FILE = "half.json"
@@ -139,7 +139,7 @@ def compare_with_half(path: Path, half: Path) -> HalfComparison:
             where=str(half),
             hint="train both on the same images, with the same data.holdout",
         )
-    looks = [newest_looks(read_lines(each.looks)) for each in directories]
+    looks = [looks_of(read_lines(each.looks), each.data_record()) for each in directories]
     for directory, taken in zip(directories, looks, strict=True):
         if not taken or not taken[0].held_out:
             raise RunError(

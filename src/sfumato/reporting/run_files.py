@@ -9,7 +9,7 @@ from typing import Any
 
 from sfumato.observability.metrics_file import read_lines
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training.evidence import Look, newest_looks
+from sfumato.training.evidence import Look, looks_of
 from sfumato.training.stopping import StoppingVerdict, verdict
 
 
@@ -22,7 +22,7 @@ class RunFiles:
     @cached_property
     def looks(self) -> list[Look]:
         """The looks at held-out images, in the order of their steps."""
-        return newest_looks(read_lines(self.directory.looks))
+        return looks_of(read_lines(self.directory.looks), self.directory.data_record())
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from sfumato.runs.loading import load
 from sfumato.storage.atomic import write_text
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.base_comparison import known_batch
-from sfumato.training.evidence import DRIFT_LIMIT, Comparison, newest_looks
+from sfumato.training.evidence import DRIFT_LIMIT, Comparison, looks_of
 from sfumato.training.stopping import StoppingVerdict, verdict
 
 FOLDER = "finetuning"  # in a run
@@ -171,7 +171,7 @@ def finetuning_report(path: str | Path) -> FinetuningReport:
         RunError: if the run is not a fine-tuning that was compared with its base.
     """
     directory = RunDirectory.existing(Path(path))
-    looks = newest_looks(read_lines(directory.looks))
+    looks = looks_of(read_lines(directory.looks), directory.data_record())
     if not looks or looks[-1].base is None:
         raise RunError(
             "was not compared with a base",

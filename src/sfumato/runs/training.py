@@ -137,7 +137,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
     directory = RunDirectory.create(Path(place))
     with directory.locked():
         directory.write_status("preparing", 0)
-        _write_description(prepared, directory)
+        _write_description(prepared, directory, begins=0)
         _run_to_the_end(build_trainer(prepared, directory), prepared.run, directory)
     return directory.path
 
@@ -308,7 +308,7 @@ def _restore_trainer(
     prepared = prepare_in_turn(settings, directory=directory.path, begins=begins)
     if begins:
         with directory.unchanged_if_refused():
-            _write_description(prepared, directory)
+            _write_description(prepared, directory, begins=0)
             return build_trainer(prepared, directory)
     trainer = build_trainer(prepared, directory)
     for warning in trainer.resume(accepts_data=accepts_data):
@@ -316,7 +316,7 @@ def _restore_trainer(
     if changed or accepts_data:
         trainer.state.counters.forget_losses()
     directory.require_space(trainer.saver.disk_bytes())
-    _write_description(prepared, directory)
+    _write_description(prepared, directory, begins=trainer.plan.begins)
     return trainer
 
 
@@ -330,10 +330,14 @@ def _cost_lines(prepared: PreparedRun) -> list[str]:
     ]
 
 
-def _write_description(prepared: PreparedRun, directory: RunDirectory) -> None:
-    """Write the run's configuration, data record and environment into its directory."""
+def _write_description(prepared: PreparedRun, directory: RunDirectory, *, begins: int) -> None:
+    """Write the run's configuration, data record and environment into its directory.
+
+    Args:
+        begins: the step at which training on these data began.
+    """
     write_run_config(directory, configuration.plain(prepared.run))
-    record, names = shortened(prepared.dataset.summary())
+    record, names = shortened({**prepared.dataset.summary(), "begins": begins})
     directory.write_json(
         "data.json", {**record, FROM_RUN: paths_relative_to_run(prepared.run, directory.path)}
     )

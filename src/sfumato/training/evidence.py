@@ -5,7 +5,7 @@ copies among its samples, and the comparison with its base.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -190,11 +190,13 @@ def fisher(count: int, total: int, other_count: int, other_total: int) -> float:
     return sum(ways) / math.comb(total + other_total, hits)
 
 
-def newest_looks(lines: Sequence[dict[str, Any]]) -> list[Look]:
-    """Return the looks of a run that looks.jsonl holds, line by line.
+def looks_of(lines: Sequence[dict[str, Any]], data: Mapping[str, Any]) -> list[Look]:
+    """Return the looks of a run at the data that it has now.
 
-    Of a run whose data were changed, they are those since then: the others met other images, and are
-    compared with none of these.
+    Of a run whose data were changed, others met other images, and are compared with none of these.
+
+    Args:
+        lines: of looks.jsonl; data: the record of the data, data.json.
     """
     looks = [Look.read(line) for line in lines]
-    return [look for look in looks if look.begins == looks[-1].begins]
+    return [look for look in looks if look.begins == data.get("begins", looks[-1].begins)]
