@@ -479,7 +479,7 @@ def test_a_full_disk_is_said_as_such(store: Store) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     store.harm = harm
-    with pytest.raises(DataError, match="no room for it on this machine's disk") as caught:
+    with pytest.raises(DataError, match="cannot be saved, since the disk is full") as caught:
         files.local(f"{URL}/00.tar")
     assert "SFUMATO_REMOTE_GIB" in caught.value.hint
 

@@ -215,7 +215,7 @@ class Dataset:
 
     @cached_property
     def has_repeats(self) -> bool:
-        """Whether an epoch may hold some images more often than others."""
+        """Whether images differ in their repeats."""
         repeats = integers(self.entries, "repeats")
         return bool(repeats.min() < repeats.max())
 

@@ -55,7 +55,7 @@ def ordered_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[
 class Tally:
     """A number that processes count up together, and a request to all of them to stop.
 
-    There is no lock, which a process that is killed would hold for ever: each has its own count.
+    Each process has its own count, without a lock: a killed process would hold a lock for ever.
     """
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ from sfumato.storage.cache_folder import cache_folder
 LOCK_POLL_S = 0.05
 LOCK_DIGITS = 3  # of a file's name, by which it is locked: 4,096 locks for any number of files
 ATTEMPTS, PAUSE_S = 6, 0.5  # of each file to fetch, and the first pause, which doubles
-# of HTTP: not authorized, which is so of all files; and a timeout, too early, and too many requests
+# HTTP statuses that do not concern one file alone: unauthorized, timeout, too early, too many requests
 PASSING = (401, 408, 425, 429)
 NEVER = threading.Event()
 # what stores say of a file that another content changes; and times of change, of which some are coarse
@@ -41,7 +41,7 @@ if hasattr(os, "register_at_fork"):  # a thread of the parent may hold one
 
 
 class FetchStopped(Exception):
-    """A file is no longer wanted."""
+    """A download was cancelled."""
 
 
 class RefusedFile(OSError):
@@ -109,7 +109,7 @@ def _unreachable(url: str, error: Exception) -> DataError:
 
 
 def ask(url: str, question: str) -> Any:
-    """Call a method of a URL's file system; whatever it raises becomes a DataError."""
+    """Call a method of a URL's file system; any exception becomes a DataError."""
     system, path = filesystem(url)
     try:
         return getattr(system, question)(path)
@@ -189,12 +189,12 @@ def fetch(url: str, stop: threading.Event = NEVER) -> Path:
     """Return the copy of a file, which is fetched unless it is there.
 
     Args:
-        stop: set by another thread once the file is no longer wanted.
+        stop: cancels the download when another thread sets it.
 
     Raises:
         FileNotFoundError: if the file does not exist.
         RefusedFile: if the store refuses to read this file.
-        DataError: if it cannot be fetched, also not after a while, or there is no room for it.
+        DataError: if all attempts to download it fail, or the disk is full.
         FetchStopped: if `stop` is set.
     """
     target = _target(url)
@@ -222,10 +222,10 @@ def fetch(url: str, stop: threading.Event = NEVER) -> Path:
 
 
 def _raise_if_lasting(url: str, error: Exception) -> None:
-    """Raise what another attempt would end in, too: the store refuses this file, or the disk is full."""
+    """Raise an error that another attempt would not mend: a refused file, or a full disk."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise DataError(
-            f"there is no room for it on this machine's disk: {error.strerror}",
+            f"cannot be saved, since the disk is full: {error.strerror}",
             where=url,
             hint=f"free space in {cache_folder()}, name another folder by SFUMATO_CACHE, or let less be "
             "kept by SFUMATO_REMOTE_GIB",

@@ -41,7 +41,7 @@ class ShardsAhead:
             self._say_that_the_order_is_global()
 
     def _say_that_the_order_is_global(self) -> None:
-        """Say it where windows were asked for, or would be of use."""
+        """Print a line if windows have no effect, or would save downloads."""
         config = self._dataset.config
         if config.shuffle != "window" and not self._is_needed:
             return

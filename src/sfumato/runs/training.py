@@ -250,7 +250,7 @@ def _continued(
 
 
 def _why_finished(trainer: Trainer) -> str:
-    """Say why a run does not go on, and how it would."""
+    """Return a line that says why the run has ended, and the command that continues it."""
     counters, command = trainer.state.counters, f"sfumato resume {trainer.directory.path}"
     if trainer.progress < 1:
         return (

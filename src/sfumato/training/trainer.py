@@ -185,13 +185,13 @@ class Trainer:
 
     @property
     def views(self) -> float:
-        """How often each training image was seen since training on these data began, on average."""
+        """Mean number of times that each training image was seen since the data last changed."""
         before = self.plan.begins * self.config.batch_size
         return max(0, self.state.counters.samples_seen - before) / self.plan.size
 
     @property
     def epochs(self) -> float:
-        """How many epochs of these data all samples would be that were seen."""
+        """Samples seen in the whole run, in epochs of the current data."""
         return self.state.counters.samples_seen / self.plan.size
 
     @cached_property

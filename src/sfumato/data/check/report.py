@@ -56,7 +56,7 @@ def write(inspection: Inspection, folder: Path) -> list[Path]:
 
 
 def _of_a_sample(inspection: Inspection) -> list[str]:
-    """Say that only some images were measured; [] if all were."""
+    """Return a comment line about a measured sample; [] if all images were measured."""
     measured, total = (inspection.figures[name] for name in ("measured", "images"))
     if measured == total:
         return []
