@@ -26,6 +26,7 @@ from sfumato.data import (
     Dataset,
     Folder,
     WebDataset,
+    files,
     index,
     index_store,
     loader,
@@ -35,6 +36,7 @@ from sfumato.data import (
     source_state,
 )
 from sfumato.data.pixel_store import PartTask
+from sfumato.errors import DataError
 from sfumato.storage.cache_folder import cache_folder
 from tests.helpers import containers
 from tests.helpers.image_bytes import encode, noise
@@ -309,8 +311,14 @@ def test_a_tar_behind_http_is_fetched_once_until_it_changes(tmp_path: Path) -> N
         changed = index(config)
         assert changed.fingerprint != first.fingerprint
         assert Served.sent["/a.tar"] > sent
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert not files.exists(f"{address}/missing.tar")
+        assert files.exists(f"{address}/a.tar")
     finally:
         server.shutdown()
+        server.server_close()
+    with pytest.raises(DataError, match="cannot be reached: ClientConnectorError"):
+        files.exists(f"{address}/a.tar")
 
 
 def test_single_files_behind_an_address_are_known_one_by_one(opened: list[str]) -> None:

@@ -166,7 +166,12 @@ def explore(root: str) -> Walk:
 
 def exists(path: str) -> bool:
     """Return whether there is a file or folder at a path or URL."""
-    return bool(remote.ask(path, "exists")) if is_url(path) else os.path.exists(path)
+    if not is_url(path):
+        return os.path.exists(path)
+    found = bool(remote.ask(path, "exists"))
+    if not found and path.startswith(HTTP):
+        remote.require_answer(path)
+    return found
 
 
 def is_folder(path: str) -> bool:

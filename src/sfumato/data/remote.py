@@ -117,6 +117,19 @@ def ask(url: str, question: str) -> Any:
         raise _unreachable(url, error) from None
 
 
+def require_answer(url: str) -> None:
+    """Raise DataError if a server does not answer, for which its file system says that there is no file."""
+    system, path = filesystem(url)
+    try:
+        system.info(path)
+    except FileNotFoundError as error:
+        reason = error.__cause__
+        if isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError):
+            raise _unreachable(url, reason) from None
+    except Exception as error:
+        raise _unreachable(url, error) from None
+
+
 def signs_below(root: str, *, notes: bool = True) -> dict[str, Sign]:
     """Return what a store says now of each file below an address, by relative name ("" for that of a
     file).
