@@ -88,6 +88,16 @@ class AdaptableConditioner(nn.Module):
     sizes: ContextSizes
     factor: int
 
+    def include_text_encoders(self) -> None:
+        """Make the text encoders child modules, so that changes of their layers are trained."""
+        return
+
+    def text_layers(self) -> Mapping[str, nn.Module]:
+        """Return the layers of text encoders that can be trained, by the encoder's name and their
+        own; {} if there are none.
+        """
+        return {}
+
 
 class Adapter(Extensible, ABC):
     """A choice of what is trained. A dataclass derived from this class is a kind of adapter.

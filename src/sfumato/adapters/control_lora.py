@@ -149,6 +149,7 @@ class ControlLoRA(LoRA):
         layers: regular expressions, found in the names of the layers that get a LoRA; all linear
             layers by default.
         convolutions: whether convolutions get one too.
+        text_encoders: must be off, since texts are read as by the base.
     """
 
     kind: ClassVar[str] = "control-lora"
@@ -157,6 +158,16 @@ class ControlLoRA(LoRA):
     contexts: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "doodle": {"guided": False, "dropout": 0.0}
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_encoders:
+            raise ConfigError(
+                "text encoders cannot be trained by control-lora: images without a doodle would "
+                "not be those of the base",
+                where="adapter.text_encoders",
+                hint="leave it out, or use adapter.kind=lora",
+            )
 
     @property
     def described(self) -> str:

@@ -151,6 +151,9 @@ class LoRA(Adapter):
         layers: regular expressions, found in the names of the layers that are adapted; all linear
             layers by default.
         convolutions: whether convolutions are adapted too.
+        text_encoders: whether the linear layers of the text encoders' blocks are adapted too, whose
+            names begin with text_encoder (Stable Diffusion 1, 2, XL). Texts are then encoded in
+            each step.
         rank_pattern: other ranks, by regular expressions of layers' names; the first one that is
             found in a name counts.
         alpha_pattern: other alphas, in the same way.
@@ -165,6 +168,7 @@ class LoRA(Adapter):
     alpha: Positive | None = None
     layers: tuple[str, ...] = ("",)
     convolutions: bool = False
+    text_encoders: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     initial: str = ""
@@ -186,8 +190,9 @@ class LoRA(Adapter):
         """What is trained, in words."""
         ranks = sorted({self.rank, *self.rank_pattern.values()})
         rank = f"{self.rank}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        texts = ", text encoders too" if self.text_encoders else ""
         start = f", which begins as {Path(self.initial).name}" if self.initial else ""
-        return f"LoRA of rank {rank}{start}"
+        return f"LoRA of rank {rank}{texts}{start}"
 
     @property
     def begins_with(self) -> str:
@@ -204,16 +209,37 @@ class LoRA(Adapter):
         return _of(self.alpha_pattern, layer, rank if self.alpha is None else self.alpha) / rank
 
     def apply(self, network: nn.Module, conditioner: AdaptableConditioner) -> None:
-        """Freeze the network and the conditioner, and adapt the network's layers.
+        """Freeze the network and the conditioner, and adapt the network's layers, and perhaps those
+        of the text encoders.
 
         Raises:
             ConfigError: if no layer's name fits.
         """
+        texts = self._text_layers(conditioner)
         network.requires_grad_(False)
         freeze_base(conditioner)
         kinds = ADAPTED if self.convolutions else LINEAR
-        for name, layer in chosen_layers(network, self.layers, kinds).items():
+        chosen = chosen_layers(adaptable_layers(network), self.layers, kinds)
+        for name, layer in {**chosen, **texts}.items():
             _adapt(layer, _initial(layer.weight, self.rank_of(name), self.scale_of(name)))
+
+    def _text_layers(self, conditioner: AdaptableConditioner) -> dict[str, Any]:
+        """Return the layers of the text encoders that are adapted, by name.
+
+        Raises:
+            ConfigError: if the model has no text encoders that can be trained, or no layer's name
+                fits.
+        """
+        if not self.text_encoders:
+            return {}
+        if not conditioner.text_layers():
+            raise ConfigError(
+                "the model has no text encoders that can be trained",
+                where="adapter.text_encoders",
+                hint="leave it out; those of Stable Diffusion 1, 2 and XL can be trained",
+            )
+        conditioner.include_text_encoders()
+        return chosen_layers(conditioner.text_layers(), self.layers, LINEAR)
 
 
 def require_patterns(patterns: Sequence[str]) -> None:
@@ -230,18 +256,15 @@ def require_patterns(patterns: Sequence[str]) -> None:
 
 
 def chosen_layers(
-    network: nn.Module, patterns: Sequence[str], kinds: Collection[type[nn.Module]]
+    among: Mapping[str, nn.Module], patterns: Sequence[str], kinds: Collection[type[nn.Module]]
 ) -> dict[str, Any]:
     """Return the layers of some types in whose names a pattern is found, by name.
 
     Raises:
         ConfigError: if no layer's name fits.
     """
-    layers = {
-        name: layer
-        for name, layer in adaptable_layers(network).items()
-        if type(layer) in kinds  # the others are adapted already
-    }
+    # those of other types are adapted already
+    layers = {name: layer for name, layer in among.items() if type(layer) in kinds}
     chosen = {
         name: layer
         for name, layer in layers.items()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from sfumato.adapters.adapter import Adapter, freeze_base
-from sfumato.adapters.lora import chosen_layers, require_patterns
+from sfumato.adapters.lora import adaptable_layers, chosen_layers, require_patterns
 from sfumato.adapters.peft_adapters import (
     ADAPTED,
     LINEAR,
@@ -72,7 +72,7 @@ class PeftAdapter(Adapter):
         """
         network.requires_grad_(False)
         freeze_base(conditioner)
-        chosen = chosen_layers(network, self.layers, self._kinds())
+        chosen = chosen_layers(adaptable_layers(network), self.layers, self._kinds())
         fitting = [layer for layer in chosen.values() if not self.obstacle(layer)]
         if not fitting:
             name, layer = next(iter(chosen.items()))
@@ -85,7 +85,7 @@ class PeftAdapter(Adapter):
 
     def remarks(self, network: nn.Module) -> Sequence[str]:
         """Return a line on layers whose names fit and that are left as they are."""
-        chosen = chosen_layers(bare(network), self.layers, self._kinds())
+        chosen = chosen_layers(adaptable_layers(bare(network)), self.layers, self._kinds())
         left = {name: reason for name, layer in chosen.items() if (reason := self.obstacle(layer))}
         if not left:
             return ()

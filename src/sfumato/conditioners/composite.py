@@ -101,6 +101,23 @@ class CompositeConditioner(AdaptableConditioner):
         """Free the frozen encoders of all parts, and return how many parameters."""
         return sum(part.release_encoders() for part in self._parts)
 
+    def include_text_encoders(self) -> None:
+        """Make the text encoders of all parts child modules."""
+        for part in self._parts:
+            part.include_text_encoders()
+
+    def text_layers(self) -> dict[str, nn.Module]:
+        """Return the layers of the text encoders of all parts that can be trained, by name."""
+        return {name: layer for part in self._parts for name, layer in part.text_layers().items()}
+
+    def trained_text_encoders(self) -> dict[str, nn.Module]:
+        """Return the text encoders of all parts that are child modules, by name."""
+        return {
+            name: encoder
+            for part in self._parts
+            for name, encoder in part.trained_text_encoders().items()
+        }
+
     def text_encoders(self) -> dict[str, nn.Module]:
         """Return the text encoders of all parts, by name."""
         return {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.conditioners.pipeline_parts import load_encoders, require_known
+from sfumato.conditioners.pipeline_parts import load_encoders, require_known, with_encoders
 from sfumato.conditioners.pipeline_prompts import (
     PIPELINES,
     Encode,
@@ -136,8 +136,13 @@ class PipelineTextEncoder(TextEncoder):
 
     @cached_property
     def empty(self) -> TextEmbedding:
-        """The embedding of the text that stands for none."""
-        return self([NEGATIVE + self.family.nothing], torch.device("cpu"))[0]
+        """The embedding of `nothing`."""
+        return self([self.nothing], torch.device("cpu"))[0]
+
+    @property
+    def nothing(self) -> str:
+        """The text that stands for none."""
+        return NEGATIVE + self.family.nothing
 
     @cached_property
     def capacity(self) -> int:
@@ -267,10 +272,9 @@ class PipelineTextEncoder(TextEncoder):
         Raises:
             ConfigError: if the encoders are not all CLIP's, or the word has more pieces.
         """
-        name = str(self.index["_class_name"])
-        if name not in LEARNING:
+        if not self.can_learn:
             raise ConfigError(
-                f"the text encoders of {name} cannot learn new tokens",
+                f"the text encoders of {self.index['_class_name']} cannot learn new tokens",
                 where="adapter.kind",
                 hint=f"those of {' and '.join(LEARNING)} can; use adapter.kind=lora",
             )
@@ -314,16 +318,26 @@ class PipelineTextEncoder(TextEncoder):
         numbers = self._tokenizer.convert_tokens_to_ids(list(self.tokens))
         return not set(numbers).isdisjoint(self.token_ids(text.removeprefix(NEGATIVE)))
 
-    def encode_new(
-        self, texts: Sequence[str], vectors: Mapping[str, Tensor], device: torch.device
+    def encode_by(
+        self,
+        encoders: Mapping[str, nn.Module],
+        vectors: Mapping[str, Tensor],
+        texts: Sequence[str],
+        device: torch.device,
     ) -> list[TextEmbedding]:
-        """Return the embeddings of texts with new tokens; gradients reach their vectors.
+        """Return the embeddings of texts; gradients reach what is given.
 
         Args:
-            vectors: of the new tokens, (n, D) by the name of the encoder.
+            encoders: in the place of some of the pipeline's, on `device`.
+            vectors: of the new tokens, (n, D) by the name of the encoder; {} without any.
         """
-        with with_vectors(self._pipeline, vectors):
+        with with_encoders(self._pipeline, encoders), with_vectors(self._pipeline, vectors):
             return self._embed(texts, device)
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether gradients reach the encoders' layers and tokens."""
+        return self.index["_class_name"] in LEARNING
 
     def is_truncated(self, text: str) -> bool:
         """Return whether a text has more tokens than the encoders read, each vector being one."""

@@ -6,12 +6,14 @@ chooses what is imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from sfumato.diffusers_library import quiet
 from sfumato.errors import CheckpointError, ConfigError, closest
@@ -69,6 +71,19 @@ def load_encoders(
         for name in names
         if not name.startswith("tokenizer")
     }
+
+
+@contextmanager
+def with_encoders(pipeline: Any, encoders: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Use other encoders of a pipeline within the block, by name."""
+    before = {name: getattr(pipeline, name) for name in encoders}
+    try:
+        for name, encoder in encoders.items():
+            setattr(pipeline, name, encoder)
+        yield
+    finally:
+        for name, encoder in before.items():
+            setattr(pipeline, name, encoder)
 
 
 def _load(kind: str, folder: Path, **settings: Any) -> Any:

@@ -12,13 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters import LearnedTokens, TokenLearner
+from sfumato.adapters import LearnedTokens, TokenLearner, sharing_tensors
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.pipeline_encoder import NEGATIVE, PipelineTextEncoder
 from sfumato.conditioners.pretrained_text import TextEmbedding, TextEncoder
 from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction, SizeOrZero
 from sfumato.errors import ConfigError
+
+CLIP_BLOCKS = "encoder.layers."  # in the names of its blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,11 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
     mask where texts differ in length.
 
     The null condition is what the pipeline uses without a prompt: the empty text, or zeros. The
-    encoders are not part of the model's weights: they are loaded from their folder.
+    encoders are not part of the model's weights, unless they are trained: they are loaded from
+    their folder.
 
     Attributes:
+        encoders: that are a part of the model, by name: none, or all of the pipeline's.
         learned: new tokens that the encoders read; None for none.
     """
 
@@ -79,6 +83,7 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
         self.learns_bytes = True
         encoder.require_layers()
         self._encoder = (encoder,)  # nn.Module does not register what a tuple holds
+        self.encoders = nn.ModuleDict()
         self.learned: LearnedTokens | None = None
         self.sizes = ContextSizes(
             tokens=encoder.size, vector=len(encoder.empty.vector) if encoder.family.pooled else 0
@@ -93,21 +98,31 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
         return self._condition(self._embeddings(context["text"]))
 
     def _embeddings(self, texts: Sequence[str]) -> list[TextEmbedding]:
-        """Return the embeddings of texts; those with learned tokens are never kept."""
+        """Return the embeddings of texts; those that depend on trained parameters are never kept."""
         encoder, device = self._encoder[0], self.device_marker.device
-        if self.learned is None:
+        if not self._is_trained:
             return encoder(texts, device)
-        new = sorted({text for text in texts if encoder.reads_new(text)})
+        learned = [text for text in texts if self.encoders or encoder.reads_new(text)]
+        new = sorted(set(learned))
         others = [text for text in texts if text not in new]
         found = dict(zip(others, encoder(others, device), strict=True))
-        found |= zip(new, encoder.encode_new(new, self.learned.vectors(), device), strict=True)
+        vectors = {} if self.learned is None else self.learned.vectors()
+        found |= zip(new, encoder.encode_by(dict(self.encoders), vectors, new, device), strict=True)
         return [found[text] for text in texts]
+
+    @property
+    def _is_trained(self) -> bool:
+        """Whether embeddings depend on trained parameters."""
+        return self.learned is not None or len(self.encoders) > 0
 
     def null(self, batch_size: int) -> Condition:
         """Return the condition of an image without a prompt."""
         encoder, device = self._encoder[0], self.device_marker.device
-        empty = TextEmbedding(*(part.to(device) for part in encoder.empty))
-        condition = self._condition([empty])
+        if self.encoders:
+            condition = self._condition(self._embeddings([encoder.nothing]))
+        else:
+            empty = TextEmbedding(*(part.to(device) for part in encoder.empty))
+            condition = self._condition([empty])
         if encoder.null_is_zero:
             condition = condition.map(torch.zeros_like)
         return condition.expand(batch_size)
@@ -141,20 +156,45 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
         """Encode texts, unless the encoders learn, and keep their embeddings where other processes
         find them.
         """
-        if self.learned is None:
+        if not self._is_trained:
             self._encoder[0].encode_ahead(texts, self.device_marker.device)
 
     def release_encoders(self) -> int:
         """Free the pipeline's encoders, unless they learn, and return how many parameters."""
-        return 0 if self.learned is not None else self._encoder[0].release()
+        return 0 if self._is_trained else self._encoder[0].release()
 
-    def text_encoders(self) -> Mapping[str, nn.Module]:
-        """Return the pipeline's encoders, which are loaded for this."""
-        return self._encoder[0].modules()
+    def include_text_encoders(self) -> None:
+        """Make the encoders child modules, which share their weights with the pipeline's."""
+        encoders = self._encoder[0].modules()
+        self.encoders.update({name: sharing_tensors(one) for name, one in encoders.items()})
+
+    def text_layers(self) -> dict[str, nn.Module]:
+        """Return the linear layers in the blocks of the encoders, if these are all CLIP's."""
+        if not self._encoder[0].can_learn:
+            return {}
+        return {
+            f"{part}.{name}": layer
+            for part, encoder in self.text_encoders().items()
+            for name, layer in encoder.named_modules()
+            if isinstance(layer, nn.Linear) and CLIP_BLOCKS in name
+        }
+
+    def trained_text_encoders(self) -> dict[str, nn.Module]:
+        """Return the encoders that are a part of the model."""
+        return dict(self.encoders)
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Return the encoders: those that are a part of the model, or the pipeline's, which are loaded
+        for this.
+        """
+        return dict(self.encoders) or self._encoder[0].modules()
 
     def replace_text_encoders(self, encoders: Mapping[str, nn.Module]) -> None:
-        """Use other encoders in the place of some of the pipeline's."""
-        self._encoder = (self._encoder[0].with_replacements(encoders),)
+        """Use other encoders in the place of some."""
+        if self.encoders:
+            self.encoders.update(encoders)
+        else:
+            self._encoder = (self._encoder[0].with_replacements(encoders),)
 
     def skip_layers(self, count: int) -> None:
         """Read prompts without the last layers of the encoders.
@@ -185,7 +225,11 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
                 where=names[0],
                 hint="they were learned with another model",
             )
+        if self.encoders:
+            encoder = encoder.with_replacements(dict(self.encoders))
         self._encoder = (encoder.with_tokens(names),)
+        if self.encoders:  # those that read the tokens
+            self.encoders.update(self._encoder[0].modules())
         learned = LearnedTokens(names, vectors, encoder.digest())
         self.learned = learned.to(self.device_marker.device)
 

@@ -96,8 +96,7 @@ def _own_table(table: Any) -> nn.Embedding:
 def with_vectors(pipeline: Any, vectors: Mapping[str, Tensor]) -> Iterator[None]:
     """Use these vectors of the new tokens within the block, (n, D) by the name of the encoder."""
     tables = {
-        name: cast(TokenTable, encoder.get_input_embeddings())
-        for name, encoder, _ in _pairs(pipeline)
+        name: cast(TokenTable, getattr(pipeline, name).get_input_embeddings()) for name in vectors
     }
     before = {name: table.rows for name, table in tables.items()}
     try:

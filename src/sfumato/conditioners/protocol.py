@@ -70,10 +70,25 @@ class Conditioner(nn.Module, ABC):
         return 0
 
     def text_encoders(self) -> Mapping[str, nn.Module]:
-        """Return the encoders whose layers a LoRA can change, by name; child modules do not include them.
+        """Return the encoders whose layers a LoRA can change, by name; they are child modules only
+        after `include_text_encoders`.
 
         Names are those of a pipeline of diffusers: text_encoder, text_encoder_2, ...
         """
+        return {}
+
+    def include_text_encoders(self) -> None:
+        """Make the text encoders child modules, so that changes of their layers are trained."""
+        return
+
+    def text_layers(self) -> Mapping[str, nn.Module]:
+        """Return the layers of text encoders that can be trained, by the encoder's name and their
+        own; {} if there are none.
+        """
+        return {}
+
+    def trained_text_encoders(self) -> Mapping[str, nn.Module]:
+        """Return the text encoders that are child modules, by name."""
         return {}
 
     def replace_text_encoders(self, encoders: Mapping[str, nn.Module]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sfumato.conditioners import PipelineTextConfig
 from sfumato.errors import CheckpointError
@@ -64,9 +66,13 @@ class BaseFolder:
             name for name in self.index if name.startswith(TEXT_PARTS) and self.part_class(name)
         ]
 
-    def copy_part(self, part: str, target: Path) -> None:
+    def copy_part(
+        self, part: str, target: Path, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Copy a part's files as they are; those of CLIP get names that every program knows.
 
+        Args:
+            weights: that take the place of the part's own; None for these.
         Raises:
             CheckpointError: if it is not there.
         """
@@ -76,6 +82,10 @@ class BaseFolder:
                 "is missing", where=str(source), hint="download the whole pipeline"
             )
         copy_files(source, target)
+        if weights is not None:
+            for file in (*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")):
+                file.unlink()
+            save_file(dict(weights), target / TEXT_WEIGHTS, metadata={"format": "pt"})
         if self.part_class(part).startswith("CLIPText"):
             with_text_model_names(target / TEXT_WEIGHTS)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sfumato.autoencoders.io import STATISTICS
 from sfumato.conditioners import PipelineTextConfig
@@ -45,6 +47,7 @@ class FolderPlan:
 
     Attributes:
         network: of diffusers, perhaps with adapted layers.
+        texts: the text encoders that were trained, by name.
         base: the folder that the run began with; None for one from scratch.
         index: the content of model_index.json.
         scheduler: the content of scheduler_config.json.
@@ -53,6 +56,7 @@ class FolderPlan:
     """
 
     network: DiffusersBackbone
+    texts: Mapping[str, nn.Module]
     base: BaseFolder | None
     index: dict[str, Any]
     scheduler: dict[str, Any]
@@ -84,7 +88,7 @@ def write_diffusers(model: TrainedModel, out: Path, dtype: torch.dtype) -> list[
     """
     require_free(out)
     plan = plan_folder(model)
-    merged = merge(model.run, plan.network, dtype)
+    merged = merge(model.run, plan.network, dtype, plan.texts)
     with atomic_folder(out) as folder:
         write_folder(model, plan, merged, folder)
         difference = largest_difference(model.pipeline, reopen(folder, model.run))
@@ -143,6 +147,7 @@ def plan_folder(model: TrainedModel) -> FolderPlan:
         lines.append("the guidance interval is not part of a folder: guidance acts at all levels")
     return FolderPlan(
         network=network,
+        texts=model.pipeline.model.conditioner.trained_text_encoders(),
         base=base,
         index=index,
         scheduler=scheduler,
@@ -248,7 +253,7 @@ def write_folder(model: TrainedModel, plan: FolderPlan, merged: Merged, folder: 
         copy_files(plan.autoencoder, folder / "vae", without=(STATISTICS,))
     if plan.base is not None:
         for part in plan.base.text_parts:
-            plan.base.copy_part(part, folder / part)
+            plan.base.copy_part(part, folder / part, merged.texts.get(part))
 
 
 def _set_size(model: TrainedModel, config: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import Factors, LoRA, adaptable_layers
+from sfumato.conditioners import CompositeConditioner
+from sfumato.errors import CheckpointError
 from sfumato.interop.lora_files import read_lora
 from sfumato.interop.lora_names import LayerNames
 from sfumato.networks import Backbone
 from sfumato.storage.checkpoint import digest
 
 V = TypeVar("V", int, float)
+TEXT_PART = "text_encoder"  # how the names of text encoders begin
 ALL = ""  # a pattern that is found in every name
 DEPTHS = (1, 2, 3)  # parts at the end of a name that may tell layers apart
 
@@ -29,7 +32,8 @@ class InitialLoRA:
 
     Attributes:
         adapter: settings that the values have, with their place and their hash.
-        factors: of the network's layers, by their names in the backbone.
+        factors: of the model's layers, by their names in the backbone, and of its text encoders'
+            layers by the encoder's name and theirs in it.
         remarks: what was counted, left out or found in the header.
     """
 
@@ -38,28 +42,58 @@ class InitialLoRA:
     remarks: tuple[str, ...]
 
 
-def initial_lora(path: Path, backbone: Backbone, *, partial: bool = False) -> InitialLoRA:
+def initial_lora(
+    path: Path, backbone: Backbone, conditioner: CompositeConditioner, *, partial: bool = False
+) -> InitialLoRA:
     """Read a LoRA file that a fine-tuning begins with.
 
     Args:
-        backbone: that it is for, which may be on the meta device. Changes of text encoders do not
-            fit, since these are not trained.
-        partial: whether tensors that fit no layer of the network are left out.
+        backbone: that it is for, which may be on the meta device.
+        conditioner: that it is for, whose text encoders are loaded for a file that changes them.
+        partial: whether tensors that fit no layer of the model are left out.
     Raises:
         CheckpointError: as `read_lora`.
     """
     network = backbone.implementation
-    names = LayerNames(network)
+    names = LayerNames(
+        network, lambda: conditioner.text_encoders() if conditioner.text_layers() else {}
+    )
     read = read_lora(path, names, partial=partial)
     inside = next(name for name, module in backbone.named_modules() if module is network)
     prefix = f"{inside}." if inside else ""
     factors = {f"{prefix}{name}": one for name, one in read.changes[names.network].items()}
-    adapter = lora_settings(factors, backbone)
+    layers: dict[str, nn.Module] = dict(adaptable_layers(backbone))
+    remarks = read.remarks
+    if len(read.changes) > 1:
+        trainable = conditioner.text_layers()
+        texts = {
+            f"{part}.{name}": one
+            for part, changes in read.changes.items()
+            if part != names.network
+            for name, one in changes.items()
+        }
+        if others := sorted(texts.keys() - trainable.keys()):
+            remarks = (*remarks, _left_out(others, path, partial=partial))
+        factors |= {name: one for name, one in texts.items() if name in trainable}
+        layers |= trainable
+    adapter = lora_settings(factors, layers)
     return InitialLoRA(
         adapter=replace(adapter, initial=str(path), initial_hash=_hash(factors)),
         factors=factors,
-        remarks=read.remarks,
+        remarks=remarks,
     )
+
+
+def _left_out(layers: Sequence[str], path: Path, *, partial: bool) -> str:
+    """Return a line on layers of text encoders that are not trained.
+
+    Raises:
+        CheckpointError: unless they may be left out.
+    """
+    line = f"{len(layers)} layers of text encoders cannot be trained: {', '.join(layers[:4])}"
+    if not partial:
+        raise CheckpointError(line, where=str(path), hint="leave them out with --partial")
+    return f"left out: {line}"
 
 
 def _hash(factors: Mapping[str, Factors]) -> str:
@@ -71,13 +105,13 @@ def _hash(factors: Mapping[str, Factors]) -> str:
     return digest(tensors)
 
 
-def lora_settings(factors: Mapping[str, Factors], network: nn.Module) -> LoRA:
+def lora_settings(factors: Mapping[str, Factors], layers: Mapping[str, nn.Module]) -> LoRA:
     """Return the settings of a LoRA with factors of these layers, ranks and scales.
 
     Args:
-        factors: of some of the network's layers, by name.
+        factors: of some of the model's layers, by name.
+        layers: all that could be adapted; of text encoders only where some are.
     """
-    layers = adaptable_layers(network)
     linear = {name for name, layer in layers.items() if not isinstance(layer, nn.Conv2d)}
     convolutions = not factors.keys() <= linear
     ranks = {layer: change.rank for layer, change in factors.items()}
@@ -92,6 +126,7 @@ def lora_settings(factors: Mapping[str, Factors], network: nn.Module) -> LoRA:
         alpha=alpha,
         layers=patterns(factors.keys(), layers.keys() if convolutions else linear),
         convolutions=convolutions,
+        text_encoders=any(name.startswith(TEXT_PART) for name in layers),
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
     )

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato.adapters import Factors, PeftAdapter, bare, without_added
+from sfumato.adapters import PeftAdapter, bare, without_added
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.interop.lora_conversion import as_products, ranks_in_words
-from sfumato.interop.lora_files import DIFFUSERS_FILE, PEFT_FILE, Changes
+from sfumato.interop.lora_files import DIFFUSERS_FILE, Changes
 from sfumato.interop.lora_names import LayerNames, is_sdxl
+from sfumato.interop.lora_scales import NETWORKS
 from sfumato.interop.lora_writing import SUFFIXES, write_diffusers, write_kohya, write_peft
 from sfumato.interop.opening import clip_skip_of
 from sfumato.interop.peft_export import write_kind
@@ -44,7 +45,7 @@ PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}  # ModelSpec has 
 STABILITY_CODE = "https://github.com/Stability-AI/generative-models"
 LOSSLESS = torch.float32
 
-Names = Mapping[tuple[str, str], str]  # in a file, by part and layer
+Files = Mapping[Path, Mapping[tuple[str, str], str]]  # names in each file, by part and layer
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,26 @@ class RunLoRA:
         Raises:
             ConfigError: if there are none.
         """
-        adapted = trained.pipeline.model.network.implementation
+        model = trained.pipeline.model
+        adapted = model.network.implementation
         converted = as_products(adapted, trained.run.adapter.described)
-        layers = converted.layers
-        if not layers:
+        if not converted.layers:
             raise ConfigError(
                 "has no LoRA: all weights of the network were trained",
                 where=str(trained.directory),
                 hint="export the whole model, or train with adapter.kind=lora",
             )
         network = bare(adapted)
-        names = LayerNames(network)
+        texts = model.conditioner.trained_text_encoders()
+        names = LayerNames(network, lambda: texts)
         architecture = _architecture(network, names)
+        changes = {names.network: converted.layers} | {
+            part: as_products(encoder, "").layers for part, encoder in texts.items()
+        }
         return cls(
-            changes={names.network: layers},
+            changes=changes,
             names=names,
-            header=_header(trained, architecture, layers),
+            header=_header(trained, architecture, changes),
             base=_base_name(trained),
             architecture=architecture,
             notes=(*converted.lines, *_notes(trained)),
@@ -103,7 +108,7 @@ def lora_diffusers(trained: TrainedModel, path: Path, dtype: torch.dtype) -> lis
     file.parent.mkdir(parents=True, exist_ok=True)
     header = _described(lora, "diffusers")
     names = write_diffusers(file, lora.changes, lora.names, dtype=dtype, header=header)
-    return _report(lora, file, names, "diffusers", dtype)
+    return _report(lora, {file: names}, "diffusers", dtype)
 
 
 def lora_kohya(trained: TrainedModel, path: Path, dtype: torch.dtype) -> list[str]:
@@ -115,9 +120,7 @@ def lora_kohya(trained: TrainedModel, path: Path, dtype: torch.dtype) -> list[st
     if lora.names.network == "transformer":
         unread = "note: diffusers does not read transformers in kohya's form; ComfyUI does"
         lora = replace(lora, notes=(*lora.notes, unread))
-    ranks = sorted(
-        {factors.rank for layers in lora.changes.values() for factors in layers.values()}
-    )
+    ranks = _ranks(lora.changes)
     header = _described(lora, STABILITY_CODE) | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks[-1]),
@@ -130,7 +133,7 @@ def lora_kohya(trained: TrainedModel, path: Path, dtype: torch.dtype) -> list[st
         **({"ss_clip_skip": str(count + 1)} if (count := clip_skip_of(trained.run)) else {}),
     }
     names = write_kohya(path, lora.changes, lora.names, dtype=dtype, header=header)
-    return _report(lora, path, names, "kohya", dtype)
+    return _report(lora, {path: names}, "kohya", dtype)
 
 
 def lora_peft(trained: TrainedModel, path: Path, dtype: torch.dtype) -> list[str]:
@@ -153,10 +156,11 @@ def lora_peft(trained: TrainedModel, path: Path, dtype: torch.dtype) -> list[str
         return [*lines, *_notes(trained)]
     lora = RunLoRA.of(trained)
     header = _described(lora, "diffusers")
-    names_in_file = write_peft(
-        path, lora.changes, lora.names, dtype=dtype, header=header, base=lora.base
-    )
-    return _report(lora, path / PEFT_FILE, names_in_file, "diffusers", dtype)
+    files = write_peft(path, lora.changes, lora.names, dtype=dtype, header=header, base=lora.base)
+    lines = _report(lora, files, "diffusers", dtype)
+    if len(files) > 1:
+        lines.append(f"a folder for each part: {', '.join(lora.changes)}")
+    return lines
 
 
 def _base_name(trained: TrainedModel) -> str:
@@ -166,7 +170,10 @@ def _base_name(trained: TrainedModel) -> str:
 
 def _notes(trained: TrainedModel) -> list[str]:
     """Return what other programs will not get."""
-    parameters = sum(p.numel() for p in trained.pipeline.model.conditioner.parameters())
+    conditioner = trained.pipeline.model.conditioner
+    encoders = conditioner.trained_text_encoders().values()
+    in_file = {id(p) for encoder in encoders for p in encoder.parameters()}
+    parameters = sum(p.numel() for p in conditioner.parameters() if id(p) not in in_file)
     note = f"note: the {parameters} parameters of the conditioner are not part of a LoRA file"
     return [note] if parameters else []
 
@@ -183,11 +190,8 @@ def _architecture(network: torch.nn.Module, names: LayerNames) -> str:
     return UNETS.get(max(widths, default=0), UNETS[768])
 
 
-def _header(
-    trained: TrainedModel, architecture: str, layers: Mapping[str, Factors]
-) -> dict[str, str]:
+def _header(trained: TrainedModel, architecture: str, changes: Changes) -> dict[str, str]:
     size = f"{trained.pipeline.image_shape[2]}x{trained.pipeline.image_shape[1]}"
-    ranks = sorted({factors.rank for factors in layers.values()})
     predicted = [
         ("modelspec.prediction_type", name)
         for key, name in PREDICTION_TYPES.items()
@@ -200,8 +204,12 @@ def _header(
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.title": trained.run.name,
         "modelspec.resolution": size,
-        "sfumato.rank": ",".join(map(str, ranks)),
+        "sfumato.rank": ",".join(map(str, _ranks(changes))),
     }
+
+
+def _ranks(changes: Changes) -> list[int]:
+    return sorted({factors.rank for layers in changes.values() for factors in layers.values()})
 
 
 def _origin(trained: TrainedModel) -> dict[str, str]:
@@ -246,40 +254,42 @@ def change_by_readers_rule(path: Path, form: str) -> dict[str, Tensor]:
     return found
 
 
-def _report(lora: RunLoRA, file: Path, names: Names, form: str, dtype: torch.dtype) -> list[str]:
-    """Read the file back, compare them with the run, and say how they differ.
+def _report(lora: RunLoRA, files: Files, form: str, dtype: torch.dtype) -> list[str]:
+    """Read the files back, compare them with the run, and say how they differ.
 
     Raises:
         CheckpointError: if layers are missing, or differ by more than the precision explains.
     """
-    read = change_by_readers_rule(file, form)
-    largest, worst, place = 0.0, 0.0, ""
-    for (part, layer), name in names.items():
-        own = lora.changes[part][layer].delta()
-        if name not in read:
-            raise CheckpointError(f"{name} is missing in what was written", where=str(file))
-        difference = read[name] - own
-        largest = max(largest, float(difference.abs().max()))
-        lost = float(difference.norm() / own.norm().clamp(min=torch.finfo(torch.float32).tiny))
-        if lost >= worst:
-            worst, place = lost, layer
-    count = len(read)
-    if count != len(names) or (dtype == LOSSLESS and largest > 0):
+    largest, worst, place, count = 0.0, 0.0, "", 0
+    for file, names in files.items():
+        read = change_by_readers_rule(file, form)
+        count += len(read)
+        for (part, layer), name in names.items():
+            own = lora.changes[part][layer].delta()
+            if name not in read:
+                raise CheckpointError(f"{name} is missing in what was written", where=str(file))
+            difference = read[name] - own
+            largest = max(largest, float(difference.abs().max()))
+            lost = float(difference.norm() / own.norm().clamp(min=torch.finfo(torch.float32).tiny))
+            if lost >= worst:
+                worst, place = lost, layer
+    written = sum(map(len, files.values()))
+    if count != written or (dtype == LOSSLESS and largest > 0):
         raise CheckpointError(
-            f"what was written is not what the run has: {count} of {len(names)} layers, largest "
+            f"what was written is not what the run has: {count} of {written} layers, largest "
             f"difference of a weight's change {largest:g}, in {place}",
-            where=str(file),
+            where=str(next(iter(files))),
             hint="report this with the run's config.yaml",
         )
-    ranks = ranks_in_words(
-        [factors.rank for layers in lora.changes.values() for factors in layers.values()]
-    )
-    megabytes = file.stat().st_size / 1e6
+    ranks = ranks_in_words(_ranks(lora.changes))
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
     precision = str(dtype).removeprefix("torch.")
+    texts = sum(len(layers) for part, layers in lora.changes.items() if part not in NETWORKS)
+    named = f"{count} layers" + (f" ({texts} of them of text encoders)" if texts else "")
     lines = [
-        f"LoRA of rank {ranks} on {count} layers of {lora.base}, {precision}, "
+        f"LoRA of rank {ranks} on {named} of {lora.base}, {precision}, "
         f"{megabytes:.1f} MB, alpha = rank",
-        f"read back by the readers' rule (alpha / rank): {count} of {len(names)} layers, largest "
+        f"read back by the readers' rule (alpha / rank): {count} of {written} layers, largest "
         f"difference of a weight's change {largest:g}",
     ]
     if dtype != LOSSLESS:

@@ -145,24 +145,23 @@ def write_peft(
     dtype: torch.dtype,
     header: Mapping[str, str],
     base: str,
-) -> dict[tuple[str, str], str]:
+) -> dict[Path, dict[tuple[str, str], str]]:
     """Write a folder of `PeftModel.from_pretrained`, or one for each part if there are several.
 
     Layers have the names that they have here: peft looks for no others.
 
     Returns:
-        the names of the layers in the file of their part.
-
+        The names of the layers in each file.
     Raises:
         CheckpointError: if a value would be infinite in this precision.
     """
-    names = {}
+    files = {}
     for part, layers in changes.items():
+        names = {(part, layer): f"base_model.model.{layer}" for layer in layers}
         place = folder / part if len(changes) > 1 else folder
         place.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for layer, change in layers.items():
-            names[part, layer] = f"base_model.model.{layer}"
             factors = rounded(change, dtype, f"{part}.{layer}")
             for suffix, factor in zip(
                 SUFFIXES["diffusers"], (factors.down, factors.up), strict=True
@@ -181,7 +180,8 @@ def write_peft(
             **peft_settings(layers, layer_names.shapes(part)),
         }
         (place / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-    return names
+        files[place / PEFT_FILE] = names
+    return files
 
 
 def peft_settings(

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from sfumato.networks.diffusers_weights import read_weights
 from sfumato.nn.frozen_layers import dense_state
 from sfumato.recipes.run import Run
 
+K = TypeVar("K")
+Tensors = dict[tuple[str, str], Tensor]  # by part and name
+NETWORK = ""  # the part that is the network
 MUCH = 0.05  # of a change, that should not be lost
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -32,18 +37,27 @@ class Merged:
 
     Attributes:
         tensors: with the changes inside, rounded.
+        texts: those of each trained text encoder, in the same way, by the encoder's name.
         lines: what was merged and what rounding lost, to print.
         lost: share of the change that rounding lost, |written - wanted| / |change|, over all
             tensors that changed; None where there is nothing to compare with.
     """
 
     tensors: dict[str, Tensor]
+    texts: dict[str, dict[str, Tensor]]
     lines: tuple[str, ...]
     lost: float | None
 
 
-def merge(run: Run, network: DiffusersBackbone, dtype: torch.dtype) -> Merged:
+def merge(
+    run: Run,
+    network: DiffusersBackbone,
+    dtype: torch.dtype,
+    texts: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Merged:
     """Merge the adapted layers of a network into its weights, and round them to `dtype`.
+
+    Those of text encoders are merged in the same way.
 
     The change is that of the adapters, or else the difference from the weights that the run began
     with, if these are still there.
@@ -52,23 +66,38 @@ def merge(run: Run, network: DiffusersBackbone, dtype: torch.dtype) -> Merged:
         ConfigError: naming a tensor that has values beyond the range of `dtype`.
     """
     require_dtype(dtype)
-    base, merged = _merged(network.model)
-    adapted = len(changed_layers(network.model))
+    parts = {NETWORK: network.model, **texts}
+    base: Tensors = {}
+    merged: Tensors = {}
+    for part, module in parts.items():
+        before, after = _merged(module)
+        base |= {(part, name): tensor for name, tensor in before.items()}
+        merged |= {(part, name): tensor for name, tensor in after.items()}
+    adapted = len(base)
     lines = [f"{adapted} adapted layers merged in float32"] if adapted else []
     if run.network.frozen_in:
         lines.append(
             f"merged into the base as it was trained with, rounded to {run.network.frozen_in}"
         )
     if not adapted:
-        base, remark = _before(run, merged)
+        weights, remark = _before(run)
+        base = {key: weights[key[1]].float() for key in merged if key[1] in weights}
         lines += [remark] if remark else []
-    rounded = {name: round_tensor(name, tensor, dtype) for name, tensor in merged.items()}
+    rounded = {
+        (part, name): round_tensor(f"{part}.{name}" if part else name, tensor, dtype)
+        for (part, name), tensor in merged.items()
+    }
     lost = rounding_loss(base, merged, rounded) if base else None
     if lost is not None and dtype is not torch.float32:
         lines.append(_loss_line(lost, dtype))
     elif dtype is not torch.float32:
         lines.append(f"weights are rounded to {NAMES[dtype]}")
-    return Merged(tensors=rounded, lines=tuple(lines), lost=lost)
+    tensors = {
+        part: {name: tensor for (place, name), tensor in rounded.items() if place == part}
+        for part in parts
+    }
+    network_tensors = tensors.pop(NETWORK)
+    return Merged(tensors=network_tensors, texts=tensors, lines=tuple(lines), lost=lost)
 
 
 def require_dtype(dtype: torch.dtype) -> None:
@@ -96,15 +125,14 @@ def _merged(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return base, merged
 
 
-def _before(run: Run, merged: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def _before(run: Run) -> tuple[dict[str, Tensor], str]:
     """Return the weights that a run of all weights began with, and a remark if they are gone."""
     config = run.network
     if not isinstance(config, DiffusersConfig) or not config.path:
         return {}, ""
     if not Path(config.path).is_dir():
         return {}, f"the base {config.path} is gone, so that the change is not measured"
-    before = read_weights(Path(config.path), variant=config.variant)
-    return {name: before[name].float() for name in merged if name in before}, ""
+    return dict(read_weights(Path(config.path), variant=config.variant)), ""
 
 
 def round_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,7 +158,7 @@ def round_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rounding_loss(
-    base: Mapping[str, Tensor], merged: Mapping[str, Tensor], rounded: Mapping[str, Tensor]
+    base: Mapping[K, Tensor], merged: Mapping[K, Tensor], rounded: Mapping[K, Tensor]
 ) -> float | None:
     """Return the share of a change that rounding loses; None if nothing changed.
 

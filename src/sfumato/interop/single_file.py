@@ -52,7 +52,8 @@ def write_single_file(model: TrainedModel, out: Path, dtype: torch.dtype) -> lis
     """Write a run as one .safetensors file, with the changes merged into its weights, and a card
     beside it (.md).
 
-    Text encoders and autoencoder are those of the base, in their own precision. The file is read
+    The autoencoder, and text encoders that were not trained, are those of the base, in their own
+    precision. The file is read
     again, and its image is compared with one of the run.
 
     Args:
@@ -76,7 +77,7 @@ def write_single_file(model: TrainedModel, out: Path, dtype: torch.dtype) -> lis
         )
     plan = plan_folder(model)
     facts = _facts_of(plan)
-    merged = merge(model.run, plan.network, dtype)
+    merged = merge(model.run, plan.network, dtype, plan.texts)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as place,

@@ -59,7 +59,8 @@ pipeline.load_lora_weights("PATH OF THIS LORA")"""
 LORA_IN_PEFT = """from diffusers import DiffusionPipeline
 from peft import PeftModel
 pipeline = DiffusionPipeline.from_pretrained("FOLDER OF THE BASE")
-pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "FOLDER OF THIS LORA")"""
+pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "FOLDER OF THIS LORA")
+# with trained text encoders, each part has a folder in it: unet, text_encoder, text_encoder_2"""
 EMBEDDING_IN_DIFFUSERS = """from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 pipeline = DiffusionPipeline.from_pretrained("FOLDER OF THE BASE")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sfumato import config as configuration
 from sfumato.adapters import Adapter, LoRA, adapted_layers
-from sfumato.conditioners import ConditioningInfo
+from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.generation.diffusion_model import Model
-from sfumato.interop.initial_lora import initial_lora
+from sfumato.interop.initial_lora import TEXT_PART, initial_lora
 from sfumato.networks import Backbone
 from sfumato.recipes.model import text_encoder
 from sfumato.recipes.resolver import resolve
@@ -24,6 +24,7 @@ from sfumato.runs.weights import chosen_weights
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 
+NETWORK, ENCODERS = "network", "conditioner.parts.text.encoders"  # in the names of tensors
 PLACE = ("initial", "initial_hash")  # settings that say where the values are from
 
 
@@ -44,12 +45,15 @@ class InitialAdapter:
     info: ConditioningInfo | None = None
 
 
-def read_initial(path: Path, network: Backbone, *, partial: bool = False) -> InitialAdapter:
+def read_initial(
+    path: Path, network: Backbone, conditioner: CompositeConditioner, *, partial: bool = False
+) -> InitialAdapter:
     """Read a LoRA file, or the LoRA of a run.
 
     Args:
         network: that it is for, which may be on the meta device.
-        partial: whether tensors of a file that fit no layer of the network are left out.
+        conditioner: that it is for.
+        partial: whether tensors of a file that fit no layer of the model are left out.
     Raises:
         CheckpointError: if it is not there, cannot be read or does not fit.
         ConfigError: for a run without a LoRA.
@@ -62,11 +66,12 @@ def read_initial(path: Path, network: Backbone, *, partial: bool = False) -> Ini
         )
     if (path / "config.yaml").is_file():
         return initial_of_run(path)
-    read = initial_lora(path, network, partial=partial)
+    read = initial_lora(path, network, conditioner, partial=partial)
     tensors: dict[str, Tensor] = {}
     for layer, factors in read.factors.items():
-        tensors[f"network.{layer}.lora_A"] = factors.down
-        tensors[f"network.{layer}.lora_B"] = factors.up
+        place = ENCODERS if layer.startswith(TEXT_PART) else NETWORK
+        tensors[f"{place}.{layer}.lora_A"] = factors.down
+        tensors[f"{place}.{layer}.lora_B"] = factors.up
     return InitialAdapter(adapter=read.adapter, tensors=tensors, remarks=read.remarks)
 
 
@@ -108,12 +113,13 @@ def initial_of_run(path: Path) -> InitialAdapter:
     )
 
 
-def network_outline(run: Run, info: ConditioningInfo) -> Backbone:
-    """Return the network of a run on the meta device: its layers, without weights."""
+def outline(run: Run, info: ConditioningInfo) -> tuple[Backbone, CompositeConditioner]:
+    """Return the network of a run on the meta device, its layers without weights, and the conditioner."""
     conditioner = run.conditioner.build(info, encoder=text_encoder)
     channels = run.autoencoder.latent_shape(run.data.channels, None).channels
     with torch.device("meta"):
-        return run.network.from_scratch().build(image_channels=channels, context=conditioner.sizes)
+        network = run.network.from_scratch()
+        return network.build(image_channels=channels, context=conditioner.sizes), conditioner
 
 
 def require_same_settings(adapter: Adapter, initial: LoRA) -> None:
@@ -166,7 +172,8 @@ def begin_adapter(run: Run, model: Model) -> None:
     assert isinstance(run.adapter, LoRA)
     before = run.adapter.initial_hash
     # a hash is that of what fits, so that nothing else is left out than was agreed to
-    read = read_initial(Path(run.adapter.initial), model.network, partial=bool(before))
+    place = Path(run.adapter.initial)
+    read = read_initial(place, model.network, model.conditioner, partial=bool(before))
     require_same_settings(run.adapter, read.adapter)
     now = read.adapter.initial_hash
     if before and before != now:

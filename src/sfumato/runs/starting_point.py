@@ -15,7 +15,7 @@ from sfumato.recipes.autoencoder_stage import PixelsConfig, PretrainedAutoencode
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
 from sfumato.runs.base import read_base, require_base
-from sfumato.runs.initial_adapter import initial_of_run, network_outline, read_initial
+from sfumato.runs.initial_adapter import initial_of_run, outline, read_initial
 from sfumato.storage.weight_files import refuse_pickle
 from sfumato.training import AuxiliaryConfig
 
@@ -149,8 +149,7 @@ def with_lora_file(start: StartingPoint, lora: Path, *, partial: bool) -> Starti
             where=f"--lora {lora}",
             hint="leave --lora out, or name the base without a LoRA",
         )
-    network = network_outline(start.run, start.info)
-    initial = read_initial(lora, network, partial=partial)
+    initial = read_initial(lora, *outline(start.run, start.info), partial=partial)
     adapter = initial.adapter
     scale = "" if adapter.alpha is None else f", alpha {adapter.alpha:g}"
     lines = (
