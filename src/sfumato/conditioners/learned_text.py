@@ -51,6 +51,7 @@ class LearnedTextConfig:
 
     kind: ClassVar[str] = "learned"
     needs_captions: ClassVar[bool] = True
+    learns_words: ClassVar[bool] = True
 
     size: Size = 128
     layers: Size = 2

@@ -39,6 +39,7 @@ class PipelineTextConfig:
 
     kind: ClassVar[str] = "pipeline"
     needs_captions: ClassVar[bool] = False
+    learns_words: ClassVar[bool] = False
 
     path: str
     dropout: Fraction = 0.1

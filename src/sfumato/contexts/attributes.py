@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from sfumato.conditioners import AttributesConditioner, AttributesConfig, Condit
 from sfumato.contexts.category import unknown_name_error
 from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycle
 from sfumato.data import Dataset
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 
 
 class Attributes(Context):
@@ -37,6 +38,20 @@ class Attributes(Context):
         table = dataset.annotations.attributes
         means, deviations = table.moments(dataset.training)
         return {"attributes": table.names, "means": means, "deviations": deviations}
+
+    def carried(
+        self, config: AttributesConfig, before: ConditioningInfo, now: ConditioningInfo
+    ) -> ConditioningInfo:
+        """Keep means and deviations; raise DataError if other attributes are given."""
+        if now.attributes != before.attributes:
+            differing = sorted(set(now.attributes) ^ set(before.attributes))
+            raise DataError(
+                f"the images have other attributes than those that the run began with: "
+                f"{', '.join(differing[:5])}",
+                where="attributes",
+                hint="give the images the same attributes, or train a new run",
+            )
+        return replace(now, means=before.means, deviations=before.deviations)
 
     def parse(
         self, value: Mapping[str, float] | Sequence[Mapping[str, float]], request: RequestInfo

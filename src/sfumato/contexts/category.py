@@ -15,7 +15,7 @@ from sfumato.conditioners import (
 )
 from sfumato.contexts.protocol import Context, Encoder, Metric, MetricInputs, RequestInfo, cycle
 from sfumato.data import Dataset
-from sfumato.errors import ConfigError, closest
+from sfumato.errors import ConfigError, DataError, closest
 
 AnyCategoryConfig = CategoryConfig | ClassLabelsConfig
 
@@ -33,6 +33,21 @@ class Category(Context):
         """Build the conditioner; raise ConfigError if the training set has no categories."""
         self.require(info.categories)
         return config.build(info.categories, added=info.added_categories)
+
+    def carried(
+        self, config: AnyCategoryConfig, before: ConditioningInfo, now: ConditioningInfo
+    ) -> ConditioningInfo:
+        """Return the information as it is; raise DataError if there are new categories."""
+        new = [name for name in now.categories if name not in before.categories]
+        if new:
+            raise DataError(
+                f"{len(new)} of the categories are new to the run, whose model cannot take up more: "
+                f"{', '.join(new[:5])}",
+                where="category",
+                hint="leave these images out (data.exclude), train a new run, or fine-tune this one "
+                "(`sfumato finetune RUN SOURCE` adds categories)",
+            )
+        return now
 
     def parse(self, value: str | int | Sequence[str | int], request: RequestInfo) -> Tensor:
         """Return the indices (num,) of one or several names; an integer is taken as a name.

@@ -14,7 +14,7 @@ from sfumato.contexts.adherence_metrics import chamfer, silhouette_iou
 from sfumato.contexts.protocol import Context, Encoder, Metric, MetricInputs, RequestInfo, cycle
 from sfumato.data import Dataset
 from sfumato.data.user_inputs import load_user_points
-from sfumato.errors import ShapeError
+from sfumato.errors import DataError, ShapeError
 from sfumato.observability.images import draw_points
 
 MOST_POINTS = 100_000
@@ -37,6 +37,18 @@ class Points(Context):
     def info_fields(self, config: PointsConfig, dataset: Dataset) -> Mapping[str, Any]:
         """Return the dimensions of the training set's points, features included."""
         return {"dimensions": dataset.annotations.dimensions}
+
+    def carried(
+        self, config: PointsConfig, before: ConditioningInfo, now: ConditioningInfo
+    ) -> ConditioningInfo:
+        """Return the information as it is; raise DataError if points have other dimensions."""
+        if now.dimensions != before.dimensions:
+            raise DataError(
+                f"points have {now.dimensions} dimensions, and the run began with {before.dimensions}",
+                where="points",
+                hint="give them the same dimensions, or train a new run",
+            )
+        return now
 
     def parse(self, value: Tensor | Sequence[Tensor], request: RequestInfo) -> Tensor:
         """Return one or several clouds as (num, N, D), with rows of NaN after the shorter ones.

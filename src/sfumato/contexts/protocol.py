@@ -99,6 +99,20 @@ class Context(ABC):
         """Return the fields of `ConditioningInfo` that it needs, from the training set."""
         return {}
 
+    def carried(
+        self, config: Any, before: ConditioningInfo, now: ConditioningInfo
+    ) -> ConditioningInfo:
+        """Return what a conditioner must know that goes on with changed data: `now`, with what its
+        weights depend on as it was.
+
+        Args:
+            before: what it was built from.
+            now: the same of the changed data.
+        Raises:
+            DataError: if its weights do not fit the changed data.
+        """
+        return now
+
     def parse(self, value: Any, request: RequestInfo) -> Any:
         """Return a batch of `request.num` from the value given to `Pipeline.sample`.
 

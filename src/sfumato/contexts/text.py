@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sfumato.conditioners import (
@@ -86,6 +87,12 @@ class Text(Context):
                 text for texts in dataset.captions(dataset.training) for text in texts
             )
         }
+
+    def carried(
+        self, config: TextConfig, before: ConditioningInfo, now: ConditioningInfo
+    ) -> ConditioningInfo:
+        """Keep the words of a conditioner that learns a vector for each."""
+        return replace(now, words=before.words) if config.learns_words else now
 
     def parse(self, value: str | Sequence[str], request: RequestInfo) -> list[str]:
         """Return `request.num` prompts, repeated in order; warn of truncation and unknown words."""

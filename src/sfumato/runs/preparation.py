@@ -33,6 +33,7 @@ from sfumato.recipes.paths import require_there
 from sfumato.recipes.run import Run
 from sfumato.recipes.run_origin import require_leave
 from sfumato.runs.base import base_loader, inherited_info, read_base, require_base
+from sfumato.runs.changed_data import Continued
 from sfumato.runs.initial_adapter import begin_adapter
 from sfumato.runs.prior_images import given_prior
 from sfumato.training.parameters import copy_sharing_frozen, count, require_trainable
@@ -78,6 +79,7 @@ def prepare(
     listing: Listing | None = None,
     directory: Path | None = None,
     begins: bool = True,
+    continued: Continued | None = None,
 ) -> PreparedRun:
     """Index the data and build the model.
 
@@ -88,16 +90,21 @@ def prepare(
         directory: the run's directory, if it has one.
         begins: whether training begins with this model; if not, a checkpoint will be loaded into
             it, and the first values of its adapter are not needed.
+        continued: what a run was trained with that goes on.
     Raises:
         ConfigError, DataError: naming what is wrong.
     """
     run.adapter.require_packages()
     dataset = open_data(run, listing)
+    if continued is not None:
+        run, dataset = continued.adjusted(run, dataset, open_data)
     require_base(run)
     base = read_base(run.base) if run.base else None
     info = conditioning_info(run, dataset, directory)
     if base is not None:
         info = inherited_info(info, base.info)
+    if continued is not None:
+        info = continued.carried(run, dataset, info)
     model = build_model(run, info, directory, load_base=base_loader(run, base))
     require_trainable(model)
     if begins:
@@ -120,6 +127,7 @@ def prepare_in_turn(
     listing: Listing | None = None,
     directory: Path | None = None,
     begins: bool = True,
+    continued: Continued | None = None,
 ) -> PreparedRun:
     """Prepare a run in all of its processes, one after another; see `prepare`.
 
@@ -128,7 +136,11 @@ def prepare_in_turn(
     world = current()
     if world.machines > 1:
         world.together(lambda: _decode_share(run, world, directory))
-    return world.in_turn(lambda: prepare(run, listing=listing, directory=directory, begins=begins))
+    return world.in_turn(
+        lambda: prepare(
+            run, listing=listing, directory=directory, begins=begins, continued=continued
+        )
+    )
 
 
 def _decode_share(run: Run, world: World, directory: Path | None) -> None:

@@ -26,6 +26,7 @@ from sfumato.recipes.run_config import write_run_config
 from sfumato.recipes.run_origin import require_leave, require_own_mirror
 from sfumato.recipes.trigger_words import split_words
 from sfumato.reporting import write_report
+from sfumato.runs.changed_data import Continued
 from sfumato.runs.cost import estimate_cost
 from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.finetuning_report import FOLDER as REPORT
@@ -305,7 +306,10 @@ def _restore_trainer(
     require_own_mirror(directory.path, place, named=[*overridden, mirror or ""])
     begins = not directory.has_begun()
     share_of(settings.batch_size, current().size)
-    prepared = prepare_in_turn(settings, directory=directory.path, begins=begins)
+    continued = None if begins else Continued.of(directory, accepts_data=accepts_data)
+    prepared = prepare_in_turn(
+        settings, directory=directory.path, begins=begins, continued=continued
+    )
     if begins:
         with directory.unchanged_if_refused():
             _write_description(prepared, directory, begins=0)

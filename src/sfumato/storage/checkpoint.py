@@ -415,7 +415,7 @@ def load(path: Path) -> Checkpoint:
         for name in names
         if name.endswith(".safetensors")
     }
-    return Checkpoint(path=path, state=read_json(path / "state.json"), tensors=tensors)
+    return Checkpoint(path=path, state=state_of(path), tensors=tensors)
 
 
 def require_whole(path: Path) -> list[str]:
@@ -431,13 +431,22 @@ def require_whole(path: Path) -> list[str]:
     return require_files(path, manifest.get("files"))
 
 
+def state_of(path: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint, without a look at its tensors.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    return read_json(path / "state.json")
+
+
 def configuration_of(path: Path) -> dict[str, Any]:
     """Return the configuration that a checkpoint was written under, as plain data.
 
     Raises:
         CheckpointError: if it cannot be read.
     """
-    config = read_json(path / "state.json").get("config")
+    config = state_of(path).get("config")
     if not isinstance(config, dict):
         raise CheckpointError("holds no configuration", where=str(path / "state.json"))
     return config
