@@ -150,7 +150,7 @@ def test_train_says_how_many_captions_are_cut(
     said: str,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("sfumato.training.Trainer.run", lambda self: None)
+    monkeypatch.setattr("sfumato.training.Trainer.run", lambda self, **_: True)
     run = Run(
         name="x",
         data=DataConfig(source=Folder(str(place)), resolution=8, cache="off"),

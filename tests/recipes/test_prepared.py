@@ -20,7 +20,7 @@ def test_train_folder_lists_once_and_builds_once(
     listing, build = Folder.listing, UNetConfig.build
     monkeypatch.setattr(Folder, "listing", lambda self: listed.append(1) or listing(self))
     monkeypatch.setattr(UNetConfig, "build", lambda self, **k: built.append(1) or build(self, **k))
-    monkeypatch.setattr("sfumato.training.Trainer.run", lambda self: None)
+    monkeypatch.setattr("sfumato.training.Trainer.run", lambda self, **_: True)
     train(str(place), overrides=["budget.steps=1", "data.cache=off"], run=tmp_path / "run")
     assert (len(listed), len(built)) == (1, 1)
 

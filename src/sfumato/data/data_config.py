@@ -63,6 +63,11 @@ class DataConfig:
         loss_mask: where training counts errors of an image: where its file `NAME.mask.png` is
             white (`files`), or where it is opaque (`alpha`); `none`: everywhere. Gray counts in
             part; an image without a mask counts everywhere. Autoencoders count all.
+        limit: how many images are used, an even sample of all that are listed; 0 for all. A larger
+            sample holds a smaller one.
+        wait: `all` reads all images before training begins; `ready` begins with a sample of 10,000, or
+            of `limit`, and goes on with four times as many, until it has all, as soon as these are
+            read.
         exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of
             images to leave out.
         cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free
@@ -97,6 +102,8 @@ class DataConfig:
     caption: str | None = None
     category: str | CountOrZero | None = None
     loss_mask: LossMask = "none"
+    limit: SizeOrZero = 0
+    wait: Literal["all", "ready"] = "all"
     exclude: str | None = None
     cache: Literal["auto", "off"] = "auto"
     verify: Literal["auto", "always"] = "auto"

@@ -190,7 +190,15 @@ class _Work:
                 Reject(names[place], f"listed in {config.exclude}")
                 for place in np.flatnonzero(~is_used).tolist()
             ]
-        return _Listed(config, listing, entries, unused, choose_scale(config.range, entries))
+        chosen = select(entries, sample(len(entries), config.limit))
+        return _Listed(
+            config,
+            listing,
+            chosen,
+            unused,
+            choose_scale(config.range, entries),
+            beyond=len(entries) - len(chosen),
+        )
 
     def read(
         self, entries: Sequence[Entry], store: PixelStore, step: Callable[[int, int], None]
@@ -250,13 +258,21 @@ def _read(
 
 @dataclass(frozen=True)
 class _Listed:
-    """What a source lists: the entries that are used, and the images that are left out already."""
+    """What a source lists: the entries that are used, the images that are left out already, and how many
+    more there are than `data.limit`.
+    """
 
     config: DataConfig
     listing: Listing
     entries: Sequence[Entry]
     unused: list[Reject]
     scale: ChosenScale
+    beyond: int = 0
+
+    @property
+    def categories(self) -> set[str | None]:
+        """The categories of all that is listed, where only a sample of it is read."""
+        return set(values(self.listing.entries, "category")) if self.beyond else set()
 
     def store(self, known: KnownKeys) -> PixelStore:
         """Return where its pixels are put."""
@@ -280,6 +296,22 @@ class _Listed:
         return store
 
 
+def sample(count: int, limit: int) -> NDArray[np.int64]:
+    """Return the positions of an even sample of at most `limit` of `count` images, ascending; of all
+    for 0.
+
+    A larger sample holds a smaller one. They are in the order of SplitMix64 (Steele et al. 2014).
+    """
+    if not 0 < limit < count:
+        return np.arange(count)
+    with np.errstate(over="ignore"):
+        mixed = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        mixed ^= mixed >> np.uint64(31)
+    return np.sort(np.argpartition(mixed, limit - 1)[:limit])
+
+
 def _rejects(entries: Sequence[Entry], part: ReadPart) -> list[Reject]:
     return [
         Reject(value_at(entries, "name", place), reason)
@@ -300,7 +332,7 @@ def _dataset(
     facts = ImageFacts.of(store.facts(part.keys[part.good]))
     read_rows, read_thumbnails = store.readers(part.keys[part.good])
     merged = merge_groups(good, facts.ids, _clusters(config, form, facts.ids, read_thumbnails))
-    labels, categories = _categories(config, values(good, "category"))
+    labels, categories = _categories(config, values(good, "category"), found.categories)
     notes: dict[str, Sequence[str]] = {
         note: NamesAt(good, np.array(places)) for note, places in facts.notes.items()
     }
@@ -333,7 +365,7 @@ def _dataset(
         read_thumbnails=read_thumbnails if isinstance(read_thumbnails, RowReader) else None,
         clusters=merged.groups,
         rejects=[*found.listing.rejects, *unused],
-        ledger=Ledger.of(found.listing, unused),
+        ledger=Ledger.of(found.listing, unused, beyond=found.beyond),
         notes=notes,
         crop_loss=float(losses.mean()),
         scale=found.scale.scale,
@@ -349,10 +381,15 @@ def _dataset(
 
 
 def _categories(
-    config: DataConfig, named: Sequence[str | None]
+    config: DataConfig, named: Sequence[str | None], more: Iterable[str | None]
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Return the number of each image's category, -1 where it has none, and their names."""
-    others = {name for name in named if name is not None}
+    """Return the number of each image's category, -1 where it has none, and their names.
+
+    Args:
+        named: the category of each image.
+        more: those of images that are not read.
+    """
+    others = {name for name in (*named, *more) if name is not None}
     categories = (
         *config.categories,
         *sorted(others.difference(config.categories), key=_natural),

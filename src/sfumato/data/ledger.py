@@ -48,6 +48,7 @@ class Ledger:
         total: how many there are.
         used: those that became images.
         unread: of these, how many were not opened, since a sample was measured.
+        beyond: images that `data.limit` leaves out.
         sidecars: those that say something about images, by kind.
         left_out: names by reason.
         remarks: how the source was read, in whole sentences: folders, encodings, metadata.
@@ -60,14 +61,22 @@ class Ledger:
     left_out: Mapping[str, Sequence[str]]
     remarks: Sequence[str] = ()
     unread: int = 0
+    beyond: int = 0
 
     @classmethod
-    def of(cls, listing: Listing, unreadable: Sequence[Reject] = (), *, unread: int = 0) -> Ledger:
+    def of(
+        cls,
+        listing: Listing,
+        unreadable: Sequence[Reject] = (),
+        *,
+        unread: int = 0,
+        beyond: int = 0,
+    ) -> Ledger:
         """Draw up the account of a listing, some of whose entries were unreadable or excluded."""
         left_out: dict[str, list[str]] = {}
         for reject in (*(reject for reject in listing.rejects if not reject.part), *unreadable):
             left_out.setdefault(reject.reason, []).append(reject.name)
-        used = len(listing.entries) - len(unreadable)
+        used = len(listing.entries) - len(unreadable) - beyond
         return cls(
             unit=listing.unit,
             total=listing.total,
@@ -76,14 +85,14 @@ class Ledger:
             left_out=left_out,
             remarks=listing.remarks,
             unread=unread,
+            beyond=beyond,
         )
 
     @property
     def balanced(self) -> bool:
         """Whether nothing is unaccounted for."""
-        return self.total == self.used + sum(self.sidecars.values()) + sum(
-            map(len, self.left_out.values())
-        )
+        beside = sum(self.sidecars.values()) + sum(map(len, self.left_out.values()))
+        return self.total == self.used + beside + self.beyond
 
     def line(self) -> str:
         """Summarize the account in one line."""
@@ -93,6 +102,8 @@ class Ledger:
             f"{count:,} {_singular(kind) if count == 1 else kind}"
             for kind, count in self.sidecars.items()
         ]
+        if self.beyond:
+            parts.append(f"{self.beyond:,} beyond data.limit")
         if self.left_out:
             parts.append(f"{sum(map(len, self.left_out.values())):,} left out ({self._reasons()})")
         return ", ".join(parts)
@@ -130,6 +141,7 @@ class Ledger:
             "found": self.total,
             "used": self.used,
             **({"unread": self.unread} if self.unread else {}),
+            **({"beyond_limit": self.beyond} if self.beyond else {}),
             "beside": dict(self.sidecars),
             "left_out": left_out,
             "remarks": list(self.remarks),

@@ -61,7 +61,9 @@ class StoredIndex:
         self._state, self._watch = state if config.cache == "auto" else None, Watch()
         self._trusts = config.verify == "auto" and self._state is not None
         self._keys = KeyStore(config.source)
-        settings = replace(config, workers=0, verify="auto", shuffle="global", window=16)
+        settings = replace(
+            config, workers=0, verify="auto", shuffle="global", window=16, wait="all"
+        )
         self._place = Place(
             "indexes", f"{settings!r} {sorted(self._annotations)} {sorted(excluded)}"
         )

@@ -231,11 +231,18 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
         ("views of each image", f"{files.looks[-1].views:.3g}" if files.looks else None),
         ("training time", None if seconds is None else duration(seconds)),
         ("training images", data.get("training")),
+        ("images, from each step on", _seen(data.get("seen", []))),
         ("held-out images", data.get("holdout")),
         ("categories", len(data.get("categories", {})) or None),
         ("samples seen", last.get("samples_seen")),
     ]
     return [(name, str(value)) for name, value in pairs if value is not None]
+
+
+def _seen(rows: Sequence[Mapping[str, int]]) -> str | None:
+    """Return how many images a run had from which step on; None if they never changed."""
+    lines = [f"step {row['step']:,}: {row['images']:,}" for row in rows]
+    return "; ".join(lines) if len(lines) > 1 else None
 
 
 def _figures(files: RunFiles) -> list[tuple[str, str, str, str, str]]:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.data.batch_plan import share_of
 from sfumato.data.recorded_names import shortened, write_names
 from sfumato.distributed import World, current, joined
-from sfumato.errors import RunError, redact_secrets, without_secrets
+from sfumato.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RunError,
+    redact_secrets,
+    without_secrets,
+)
 from sfumato.observability.progress import console
 from sfumato.process.signals import Interrupted, handled
 from sfumato.process.watchdog import watching
@@ -33,6 +42,7 @@ from sfumato.runs.finetuning_report import FOLDER as REPORT
 from sfumato.runs.finetuning_report import finetuning_report, with_parity
 from sfumato.runs.plan_check import check_plan
 from sfumato.runs.preparation import PreparedRun, prepare_in_turn, print_padding_costs
+from sfumato.runs.reading_ahead import reading_ahead, with_first_sample
 from sfumato.runs.sweep import sweep_after_training
 from sfumato.runs.text_encoders import release_encoders
 from sfumato.runs.trainer_assembly import diffusion_trainer
@@ -122,6 +132,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
     for line in chosen.notes:
         console().print(line, markup=False)
     listing = chosen.listing_of(settings)
+    settings = with_first_sample(settings, listing)
     prepared = prepare_in_turn(settings, listing=listing)
     if chosen.choice is not None:
         lines = [
@@ -139,7 +150,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
     with directory.locked():
         directory.write_status("preparing", 0)
         _write_description(prepared, directory, begins=0)
-        _run_to_the_end(build_trainer(prepared, directory), prepared.run, directory)
+        _run_to_the_end(partial(build_trainer, prepared, directory), directory)
     return directory.path
 
 
@@ -218,12 +229,15 @@ def resume(
         directory = RunDirectory.existing(Path(path))
         directory.require_trainable()
         with directory.locked():
-            trainer = _continued(
-                directory, overrides, step=step, accepts_data=accepts_data, mirror=mirror
+            continued = partial(
+                _continued,
+                directory,
+                overrides,
+                step=step,
+                accepts_data=accepts_data,
+                mirror=mirror,
             )
-            if trainer is None:
-                return directory.path
-            _run_to_the_end(trainer, resolve(path), directory)
+            _run_to_the_end(continued, directory)
     return directory.path
 
 
@@ -265,10 +279,25 @@ def _why_finished(trainer: Trainer) -> str:
     )
 
 
-def _run_to_the_end(trainer: Trainer, run: Run, directory: RunDirectory) -> None:
-    """Train; then compare settings of sampling, and write the report, in the first process."""
-    trainer.run()
+def _run_to_the_end(begin: Callable[[], Trainer | None], directory: RunDirectory) -> None:
+    """Train; then compare settings of sampling, and write the report, in the first process.
+
+    Args:
+        begin: returns the trainer; None if the run is finished.
+    """
+    trainer = begin()
+    while trainer is not None and (limit := _more_images(trainer, directory)) is not None:
+        del trainer  # there is memory for one
+        trainer = _with_more_images(directory, limit)
+    if trainer is None:
+        return
+    run = cast(Run, trainer.config)
     dataset, seconds, mirror = trainer.dataset, trainer.state.counters.seconds, trainer.saver.mirror
+    if beyond := dataset.ledger.beyond:
+        count = len(dataset.entries)
+        console().print(
+            f"trained with {count:,} of {count + beyond:,} images, an even sample", markup=False
+        )
 
     def finish() -> None:
         sweep_after_training(directory.path, run, dataset, seconds=seconds)
@@ -277,6 +306,33 @@ def _run_to_the_end(trainer: Trainer, run: Run, directory: RunDirectory) -> None
             console().print(warning, markup=False)
 
     current().on_first(finish)
+
+
+def _more_images(trainer: Trainer, directory: RunDirectory) -> int | None:
+    """Train, while more images are read if the run wants more; return how many it is to go on with,
+    0 for all; None at its end.
+    """
+    run, counters = cast(Run, trainer.config), trainer.state.counters
+    with reading_ahead(run, trainer.dataset, directory) as ahead:
+        ended = trainer.run(pauses=ahead.is_done)
+        if ended and counters.stopped and ahead.is_running:
+            console().print(
+                f"stopped, as {counters.stopped}: the run goes on when more images are read",
+                markup=False,
+            )
+            ahead.wait()
+        if ahead.is_done() and (not ended or counters.stopped):
+            return ahead.limit
+        return None
+
+
+def _with_more_images(directory: RunDirectory, limit: int) -> Trainer:
+    """Restore a run with more of its images; as it was, if it cannot go on with these."""
+    try:
+        return _restore_trainer(directory, [f"data.limit={limit}"], accepts_data=True, mirror=None)
+    except (ConfigError, DataError, CheckpointError) as error:
+        console().print(f"warning: the run goes on without more images: {error}", markup=False)
+        return _restore_trainer(directory, ["data.wait=all"], accepts_data=False, mirror=None)
 
 
 def _report(path: Path) -> None:
@@ -341,7 +397,9 @@ def _write_description(prepared: PreparedRun, directory: RunDirectory, *, begins
         begins: the step at which training on these data began.
     """
     write_run_config(directory, configuration.plain(prepared.run))
-    record, names = shortened({**prepared.dataset.summary(), "begins": begins})
+    seen = [row for row in directory.data_record().get("seen", []) if row["step"] < begins]
+    seen.append({"step": begins, "images": len(prepared.dataset.entries)})
+    record, names = shortened({**prepared.dataset.summary(), "begins": begins, "seen": seen})
     directory.write_json(
         "data.json", {**record, FROM_RUN: paths_relative_to_run(prepared.run, directory.path)}
     )

@@ -71,6 +71,10 @@ class Agreed(NamedTuple):
     lost: Sequence[tuple[str, str]]
 
 
+class Paused(Exception):
+    """Raised after a checkpoint was saved, when training is to end before its budget is spent."""
+
+
 class Trainer:
     """Trains a task's model in a run directory until its budget is spent.
 
@@ -122,6 +126,7 @@ class Trainer:
         self._asks_to_save = self._save_is_asked = False
         self._has_shapes = len(self.plan.members.kinds) > 1
         self._say: Callable[[str], None] = lambda line: None
+        self._pauses: Callable[[], bool] = lambda: False
         self.uncompiled: Callable[[], AbstractContextManager[object]] = (
             nullcontext  # validation's batches would be compiled once more
         )
@@ -204,9 +209,11 @@ class Trainer:
         """Whether nothing of the run was saved yet."""
         return self._new
 
-    def run(self) -> None:
-        """Train to the end of the budget.
+    def run(self, *, pauses: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the end of the budget, or until `pauses` says so; return whether it is the end.
 
+        Args:
+            pauses: is called between two steps.
         Raises:
             Interrupted: after a signal, with a checkpoint saved.
             DivergedError: after too many non-finite steps in a row.
@@ -218,11 +225,13 @@ class Trainer:
             ProgressBar("training") as bar,
         ):
             self._watched_by(guardian)
-            self._say = bar.say
+            self._say, self._pauses = bar.say, pauses
             self._prepare(bar)
             session = self._session(bar)
             try:
                 self._loop(session)
+            except Paused:
+                return False
             except Interrupted as signal:
                 self._stop(signal, bar)
                 raise
@@ -241,6 +250,7 @@ class Trainer:
             self._tell_what_was_left_out(bar)
             with suppress(OSError):
                 self.directory.write_status("finished", self.state.counters.step)
+            return True
 
     def _tell_what_was_left_out(self, bar: ProgressBar) -> None:
         counters = self.state.counters
@@ -370,6 +380,8 @@ class Trainer:
                 self._between_steps(session, finished)
             if finished:
                 return
+            if self._pauses() and not counters.skipped_in_a_row:
+                self._try(bar, self._pause)
             waited = time.perf_counter()
             batch = next(supply)
             clock.wait(time.perf_counter() - waited)
@@ -397,6 +409,10 @@ class Trainer:
         session.bar.update(
             min(self.progress, 1.0), f"step {step}  {figures}  {record['memory/peak_gib']:.1f} GiB"
         )
+
+    def _pause(self) -> None:
+        self.saver.save_now()
+        raise Paused
 
     def _pass_over(self) -> None:
         """Count a batch that is not trained on."""
