@@ -157,10 +157,19 @@ def encode(entries: Sequence[Entry]) -> dict[str, pyarrow.Array]:
     """
     if isinstance(entries, EntryTable):
         return entries.columns
+    return joined([encode_part(entries)]).columns
+
+
+def encode_part(entries: Sequence[Entry]) -> pyarrow.Table:
+    """Return entries as a part of the columns of `encode`; see `joined`.
+
+    Raises:
+        NotStorable: as `encode`.
+    """
     pa = arrow()
     columns = {
         "name": pa.array([entry.name for entry in entries], pa.large_string()),
-        "category": _few([entry.category for entry in entries]),
+        "category": _coded([entry.category for entry in entries]),
         "captions": pa.array(
             [entry.captions for entry in entries], pa.large_list(pa.large_string())
         ),
@@ -168,7 +177,7 @@ def encode(entries: Sequence[Entry]) -> dict[str, pyarrow.Array]:
             [json.dumps(entry.attributes) if entry.attributes else None for entry in entries],
             pa.large_string(),
         ),
-        "holdout": _few([entry.holdout for entry in entries]),
+        "holdout": _coded([entry.holdout for entry in entries]),
         "group": pa.array([entry.group for entry in entries], pa.large_string()),
         "repeats": pa.array([entry.repeats for entry in entries], pa.int32()),
     }
@@ -176,15 +185,29 @@ def encode(entries: Sequence[Entry]) -> dict[str, pyarrow.Array]:
         blobs = [getattr(entry, name) for entry in entries]
         if any(blob is not None for blob in blobs):
             columns |= _encoded(name, blobs)
-    return columns
+    return pa.table(columns)
 
 
-def _few(texts: Sequence[str | None]) -> pyarrow.Array:
-    """Return a column of texts, each of which is kept once if most come often."""
+def joined(parts: Sequence[pyarrow.Table]) -> EntryTable:
+    """Return the entries of parts, one after another.
+
+    Of columns of texts that most entries share, each text is kept once.
+    """
     pa = arrow()
-    array = pa.array(texts, pa.large_string())
-    coded = array.dictionary_encode()
-    return coded if 2 * len(coded.dictionary) < len(array) else array
+    table = pa.concat_tables(parts, promote_options="default").unify_dictionaries()
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        whole = column.combine_chunks()  # of one chunk, some versions return it and others a list
+        whole = whole if isinstance(whole, pa.Array) else whole.chunk(0)
+        coded = getattr(whole, "dictionary", None)
+        is_rare = coded is not None and 2 * len(coded) >= len(whole)
+        columns[name] = whole.dictionary_decode() if is_rare else whole
+    return EntryTable(pa.table(columns))
+
+
+def _coded(texts: Sequence[str | None]) -> pyarrow.Array:
+    pa = arrow()
+    return pa.array(texts, pa.large_string()).dictionary_encode()
 
 
 def _encoded(name: str, blobs: Sequence[Blob | None]) -> dict[str, pyarrow.Array]:
@@ -192,11 +215,11 @@ def _encoded(name: str, blobs: Sequence[Blob | None]) -> dict[str, pyarrow.Array
     rows = [(None, None, None, None, None) if blob is None else _parts(blob) for blob in blobs]
     kinds, paths, firsts, seconds, more = zip(*rows, strict=True)
     return {
-        f"{name}_kind": _few(kinds),
-        f"{name}_path": _few(paths),
+        f"{name}_kind": _coded(kinds),
+        f"{name}_path": _coded(paths),
         f"{name}_a": pa.array(firsts, pa.int64()),
         f"{name}_b": pa.array(seconds, pa.int64()),
-        f"{name}_more": _few(more),
+        f"{name}_more": _coded(more),
     }
 
 

@@ -6,14 +6,16 @@ import io
 import json
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sfumato.data import files
 from sfumato.data.arrow import arrow
+from sfumato.data.entry_table import encode_part, joined
 from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import (
     REPEATS_KEY,
@@ -26,6 +28,7 @@ from sfumato.data.listing import (
     parse_annotations,
     printable_name,
 )
+from sfumato.data.listing_parts import in_parts
 from sfumato.data.sources.metadata import FILE_KEYS
 from sfumato.data.split_names import held_out_files
 from sfumato.errors import DataError
@@ -165,20 +168,25 @@ class Parquet(Source):
             else [""]
         )
         held = held_out_files(tables)
-        entries: dict[str, Entry] = {}
         rejects = [
             Reject(printable_name(name), "a file next to the tables")
             for name in names
             if name not in set(tables)
         ]
         rejects += [Reject(printable_name(name), reason) for name, reason in passed_over]
-        count, unused = len(rejects), set[str]()
-        for table in tables:
+
+        def rows_of(table: str) -> _Rows:
             prefix = f"{printable_name(table)}:" if table else ""
-            rows, columns = _list(
-                f"{root}/{table}" if table else self.path, prefix, held.get(table), entries, rejects
-            )
-            count, unused = count + rows, unused | columns
+            return _list(f"{root}/{table}" if table else self.path, prefix, held.get(table))
+
+        # the names of a table's rows begin with its own, so that no two tables share one
+        parts = in_parts(lambda table: rows_of(table).coded(), tables) or [
+            rows_of(table) for table in tables
+        ]
+        entries = _joined([part.entries for part in parts])
+        count = len(rejects) + sum(part.total for part in parts)
+        unused = set[str]().union(*(part.unused for part in parts))
+        rejects += [reject for part in parts for reject in part.rejects]
         if not entries:
             reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
             raise DataError(
@@ -200,7 +208,7 @@ class Parquet(Source):
             else []
         )
         return Listing(
-            entries=list(entries.values()),
+            entries=entries,
             rejects=rejects,
             unit="rows",
             total=count,
@@ -208,14 +216,32 @@ class Parquet(Source):
         )
 
 
-def _list(
-    path: str, prefix: str, holdout: str | None, entries: dict[str, Entry], rejects: list[Reject]
-) -> tuple[int, set[str]]:
-    """Add a table's rows to `entries`, each under a unique name.
-
-    Returns:
-        the number of rows, and the columns that are not used.
+class _Rows(NamedTuple):
+    """The rows of a table: as entries or columns, what is left out, their number, and the columns that
+    are not used.
     """
+
+    entries: Sequence[Entry] | pyarrow.Table
+    rejects: list[Reject]
+    total: int
+    unused: set[str]
+
+    def coded(self) -> _Rows:
+        """Return the same with entries as columns."""
+        return self._replace(entries=encode_part(self.entries))
+
+
+def _joined(parts: Sequence[Any]) -> Sequence[Entry]:
+    """Return the entries of tables, which are lists, or columns in all of them."""
+    if all(isinstance(part, list) for part in parts):
+        return list(chain.from_iterable(parts))
+    return joined(parts)
+
+
+def _list(path: str, prefix: str, holdout: str | None) -> _Rows:
+    """List a table's rows, each under a unique name."""
+    entries: dict[str, Entry] = {}
+    rejects: list[Reject] = []
     try:
         file = _file(path, files.version(path))
         columns = _Columns.of(file.schema_arrow, path)
@@ -238,7 +264,8 @@ def _list(
                     rejects.append(Reject(name, str(error)))
                 if room < 0:
                     raise ValueError(f"its texts unpack to over {MAX_RATIO} times its size")
-        return file.metadata.num_rows, set(file.schema_arrow.names) - columns.used
+        unused = set(file.schema_arrow.names) - columns.used
+        return _Rows(list(entries.values()), rejects, file.metadata.num_rows, unused)
     except (arrow().ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         raise DataError(
             f"is not a complete parquet: {str(error)[:200]}",

@@ -8,25 +8,34 @@ import contextlib
 import hashlib
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, Literal, NamedTuple
 
 from sfumato.data import files
+from sfumato.data.entry_table import encode_part, joined
 from sfumato.data.file_types import ANNOTATION_FILES, HEAD_BYTES, is_image
 from sfumato.data.files import UnsafePath
 from sfumato.data.listing import Listing, Reject, Slice, Source, printable_name, read
+from sfumato.data.listing_parts import in_parts
 from sfumato.data.parallel import forked_map
 from sfumato.data.sources.image_folder import ImageFolderReader
+from sfumato.data.sources.metadata import is_authoritative, may_be_table
 from sfumato.data.split_names import held_out_files
 from sfumato.data.tar_headers import plain_member
 from sfumato.errors import DataError
 from sfumato.storage.atomic import write_text
 from sfumato.storage.cache_folder import cache_folder
 
+if TYPE_CHECKING:
+    import pyarrow
+
 MAX_MEMBERS, USUAL_MEMBERS = 1_000_000, 1_000  # of one shard
 MAX_HEADER_BYTES = 1 << 20  # of one member's extended header
+UNIT = "members"
+DESCRIPTIONS = ("dataset.json",)  # of images, wherever they lie
 
 
 class Member(NamedTuple):
@@ -35,6 +44,15 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+
+
+class _Part(NamedTuple):
+    """A shard's entries as columns, what is left out, its sidecars by kind, and its members."""
+
+    table: pyarrow.Table
+    rejects: list[Reject]
+    sidecars: Mapping[str, int]
+    total: int
 
 
 @dataclass(frozen=True)
@@ -61,9 +79,40 @@ class WebDataset(Source):
             DataError: if there is no tar, one is compressed or unreadable, or there are no images.
         """
         shards, rejects = self._shards()
-        members: dict[str, tuple[str, Member]] = {}
+        held = (
+            {}
+            if shards == [self.path]
+            else held_out_files([self._below(shard) for shard in shards])
+        )
+        parts = in_parts(lambda shard: self._part(shard, held), shards)
+        if parts is not None:
+            return _joined(parts, rejects)
         indexed = forked_map(index_members, shards, chunk=1, images=USUAL_MEMBERS)
-        for shard, (shard_members, refused) in zip(shards, indexed, strict=True):
+        members, refused = self._members(dict(zip(shards, indexed, strict=True)))
+        return self._tree(members, [*rejects, *refused], held).listing()
+
+    def _part(self, shard: str, held: Mapping[str, str]) -> _Part | None:
+        """List a shard whose images depend on no other one; None if they might."""
+        indexed = index_members(shard)
+        if not all(map(_is_plain, (member.name for member in indexed[0]))):
+            return None
+        members, rejects = self._members({shard: indexed})
+        try:
+            listing = self._tree(members, rejects, held).listing()
+        except DataError:  # it holds no image
+            return None
+        if listing.remarks:  # such as a guess of the encoding of all texts
+            return None
+        table = encode_part(listing.entries)
+        return _Part(table, listing.rejects, listing.sidecars, listing.total)
+
+    def _members(
+        self, indexed: Mapping[str, tuple[list[Member], list[Reject]]]
+    ) -> tuple[dict[str, tuple[str, Member]], list[Reject]]:
+        """Return the members of shards by their shard and name, and what is left out."""
+        members: dict[str, tuple[str, Member]] = {}
+        rejects: list[Reject] = []
+        for shard, (shard_members, refused) in indexed.items():
             prefix = "" if shard == self.path else f"{self._below(shard)}/"
             display = _display_name(prefix)
             rejects += [
@@ -84,16 +133,14 @@ class WebDataset(Source):
             prefix = name[: len(name) - len(members[name][1].name)]
             rejects.append(Reject(_display_name(prefix)(name), "another image of the same sample"))
             del members[name]
-        return self._tree(shards, members, rejects).listing()
+        return members, rejects
 
     def _tree(
-        self, shards: Sequence[str], members: dict[str, tuple[str, Member]], rejects: list[Reject]
+        self,
+        members: dict[str, tuple[str, Member]],
+        rejects: list[Reject],
+        held: Mapping[str, str],
     ) -> ImageFolderReader:
-        held = (
-            {}
-            if shards == [self.path]
-            else held_out_files([self._below(shard) for shard in shards])
-        )
         prefixes = {
             name: name[: len(name) - len(member.name)] for name, (_, member) in members.items()
         }
@@ -117,7 +164,7 @@ class WebDataset(Source):
             inside=lambda name: members[name][1].name,
             display_name=lambda name: _display_name(prefixes.get(name, ""))(name),
             holdout=lambda name: held.get(prefixes[name].rstrip("/")),
-            unit="members",
+            unit=UNIT,
         )
 
     def _below(self, shard: str) -> str:
@@ -159,6 +206,32 @@ class WebDataset(Source):
             *rejects,
             *(Reject(printable_name(name), reason) for name, reason in walked.passed_over),
         ]
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether a member says nothing of images in other shards: it is in no folder, and no
+    table.
+    """
+    describes = may_be_table(name) or is_authoritative(name) or name in DESCRIPTIONS
+    return "/" not in name and not describes
+
+
+def _joined(parts: Sequence[_Part], rejects: Sequence[Reject]) -> Listing:
+    """Return the listing of shards that were listed one by one.
+
+    Args:
+        rejects: files beside the shards.
+    """
+    sidecars: Counter[str] = Counter()
+    for part in parts:
+        sidecars.update(part.sidecars)
+    return Listing(
+        entries=joined([part.table for part in parts]),
+        rejects=[*rejects, *(reject for part in parts for reject in part.rejects)],
+        sidecars=dict(sorted(sidecars.items())),
+        unit=UNIT,
+        total=sum(part.total for part in parts) + sum(not reject.part for reject in rejects),
+    )
 
 
 def _display_name(prefix: str) -> Callable[[str], str]:
