@@ -339,6 +339,14 @@ def cache(
             "have the images at the same path.",
         ),
     ] = "local",
+    encode: Annotated[
+        bool,
+        typer.Option(
+            "--encode",
+            help="Encode images and captions by the pretrained autoencoder and text encoder, once all parts "
+            "are decoded: with --part, this part of them.",
+        ),
+    ] = False,
     address: Annotated[
         str,
         typer.Option(
@@ -350,6 +358,7 @@ def cache(
     """Decode a run's images into the cache ahead of training."""
     from sfumato.recipes import resolve
     from sfumato.recipes.paths import with_absolute_paths
+    from sfumato.runs.encoding_ahead import encode_part
     from sfumato.runs.preparation import decode_on_cluster, decode_part, open_data
     from sfumato.storage.cache_folder import cache_folder
     from sfumato.storage.output_paths import require_writable
@@ -359,6 +368,12 @@ def cache(
     )  # training goes on without a cache; this command is for nothing else
     number, count = _parse_part(part)
     run = with_absolute_paths(resolve(source, overrides or ()))
+    if encode:
+        if engine != "local":
+            raise typer.BadParameter("is for --engine local", param_hint="--encode")
+        batches, texts = encode_part(run, number, count, directory=source)
+        _say(f"part {part}: {batches} batches of images, {texts} texts; cache: {cache_folder()}")
+        return
     if engine != "local":
         if count > 1:
             raise typer.BadParameter("a cluster divides the images itself", param_hint="--part")

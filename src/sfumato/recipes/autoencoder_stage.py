@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ from sfumato.training import (
     Trainer,
     TrainingConfig,
     ValidationConfig,
+    encode_part,
     reconstruct,
     with_latents,
 )
@@ -109,6 +111,10 @@ class PixelsConfig:
     ) -> tuple[Autoencoder, Dataset]:
         """Return `Pixels` and the dataset as it is."""
         return Pixels(dataset.config.channels), dataset
+
+    def encode_part(self, dataset: Dataset, part: slice) -> int:
+        """Return 0: nothing is encoded."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +196,14 @@ class TrainedAutoencoder(TrainingConfig):
             self._train(dataset, directory.stage(FOLDER), final)
         autoencoder = autoencoder_files.load(final)
         return _encode(autoencoder, dataset, self.augmented_copies, directory, pixels=pixels)
+
+    def encode_part(self, dataset: Dataset, part: slice) -> int:
+        """Raise ConfigError: the autoencoder is trained by the run."""
+        raise ConfigError(
+            "images cannot be encoded ahead of training: the run trains its own autoencoder",
+            where="autoencoder",
+            hint="leave --encode out; several machines of a run share the encoding",
+        )
 
     def _require_unchanged(self, stage: RunDirectory) -> None:
         """Raise ConfigError if the settings of a finished autoencoder have changed.
@@ -373,6 +387,22 @@ class PretrainedAutoencoder:
         final = directory.path / FOLDER / FINAL
         copy = current().in_turn(partial(self._copy, final, dataset))
         return _encode(copy, dataset, self.augmented_copies, directory, pixels=pixels)
+
+    def encode_part(self, dataset: Dataset, part: slice) -> int:
+        """Encode a part of the images into the cache, ahead of training; return how many batches."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy = self._copy(Path(folder) / FINAL, dataset).to(default_device())
+            with ProgressBar("encoding images") as bar:
+                return encode_part(
+                    dataset,
+                    copy,
+                    identity=autoencoder_files.identity(copy),
+                    variants=self.augmented_copies,
+                    part=part,
+                    on_progress=lambda done, total: bar.update(
+                        done / total, f"{done} of {total} batches"
+                    ),
+                )
 
     def _copy(self, final: Path, dataset: Dataset) -> LatentAutoencoder:
         """Return the run's copy of the autoencoder, and make it if it is missing."""

@@ -51,11 +51,7 @@ def with_latents(
     Raises:
         DataError: if an image can no longer be read.
     """
-    config = dataset.config
-    count = 1 if config.augment.is_off else variants
-    cache = ArrayCache.open(
-        "latents", f"decoder {DECODER} {identity} {dataset.pixel_format!r} {config.augment!r}"
-    )
+    cache, count = _cache(dataset, identity), _variants(dataset, variants)
     world, chunks = current(), list(_chunks(dataset, count))
     for share in world.shares:
         world.together(partial(_fill, cache, dataset, autoencoder, chunks[share], on_progress))
@@ -76,6 +72,34 @@ def with_latents(
             pixels=pixels,
         ),
     )
+
+
+def encode_part(
+    dataset: Dataset,
+    autoencoder: LatentAutoencoder,
+    *,
+    identity: str,
+    variants: int,
+    part: slice,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Encode a part of what `with_latents` needs into the cache, and return how many chunks it has.
+
+    Args:
+        part: of the chunks.
+    """
+    chunks = list(_chunks(dataset, _variants(dataset, variants)))[part]
+    _fill(_cache(dataset, identity), dataset, autoencoder, chunks, on_progress)
+    return len(chunks)
+
+
+def _cache(dataset: Dataset, identity: str) -> ArrayCache:
+    form, augmented = dataset.pixel_format, dataset.config.augment
+    return ArrayCache.open("latents", f"decoder {DECODER} {identity} {form!r} {augmented!r}")
+
+
+def _variants(dataset: Dataset, variants: int) -> int:
+    return 1 if dataset.config.augment.is_off else variants
 
 
 def _fill(
