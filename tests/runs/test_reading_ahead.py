@@ -15,6 +15,7 @@ from PIL import Image
 
 import sfumato
 from sfumato.data import DataConfig, Folder, index
+from sfumato.data.index_store import KeyStore
 from sfumato.data.indexing import sample
 from sfumato.errors import ConfigError
 from sfumato.recipes import Run
@@ -88,13 +89,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
-    """Let training wait for the process that reads, at a step of each set of images."""
+    """Let training wait for the process that reads, after some steps of each trainer."""
     from sfumato.training.trainer import Trainer
 
     step = Trainer.train_step
 
     def waiting(self: Trainer, batch: object) -> object:
-        if self.state.counters.step - self.plan.begins == after:
+        first = self.__dict__.setdefault("first_step", self.state.counters.step)
+        reads = self._pauses.__name__ == "is_done"  # by a process
+        if reads and self.state.counters.step - first == after:
             deadline = time.monotonic() + 60
             while not self._pauses() and len(self.dataset.entries) < 400:
                 assert time.monotonic() < deadline
@@ -128,6 +131,156 @@ def test_training_begins_with_a_sample_and_goes_on_with_more(
     # and goes on, as one that had all images from the step on at which it got them
     resume(run, overrides=["budget.steps=62"])
     assert "beyond" not in open_data(resolve(run)).ledger.line()
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+def test_the_same_call_goes_on_with_what_the_run_has_grown_to(
+    folder: Path, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler repeats its command, the first limit with it."""
+    overrides = ["data.wait=ready", "data.limit=50", "budget.steps=30"]
+    settings = tiny_run(folder)
+    with monkeypatch.context() as patch:
+        slowed(patch, after=2)
+        sfumato.train(settings, overrides=overrides, run=tmp_path / "run", resumes=True)
+    again = [*overrides[:2], "budget.steps=34"]
+    sfumato.train(settings, overrides=again, run=tmp_path / "run", resumes=True)
+    record = RunDirectory(tmp_path / "run").data_record()
+    assert [row["images"] for row in record["seen"]] == [50, 400]
+
+
+@pytest.mark.parametrize("moment", ["before it is described", "after it is described"])
+def test_a_run_that_dies_as_it_grows_goes_on(
+    moment: str, folder: Path, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sfumato.training.saving import RunSaver
+
+    with monkeypatch.context() as patch:
+        slowed(patch, after=2)
+        describe = training._write_description
+        save = RunSaver.save_now
+
+        def dying(prepared, directory, *, begins):
+            if begins and moment.startswith("before"):
+                raise Crash
+            describe(prepared, directory, begins=begins)
+            if begins:  # the checkpoint of the larger set is never written
+                patch.setattr(RunSaver, "save_now", lambda self: (_ for _ in ()).throw(Crash))
+
+        patch.setattr(training, "_write_description", dying)
+        with pytest.raises(Crash):
+            train(growing(folder, budget=Budget(steps=12)), run=tmp_path / "run")
+        patch.setattr(RunSaver, "save_now", save)
+    resume(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_that_stopped_waits_for_more_images(
+    folder: Path, small: None, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sfumato.process.signals import Interrupted
+    from sfumato.training.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def stopping(self: Trainer, batch: object) -> object:
+        result = step(self, batch)
+        if self.state.counters.step == 3:
+            self.state.counters.stopped = "overfitting"
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+    settings = growing(folder, budget=Budget(steps=12), stop="overfitting")
+    with monkeypatch.context() as patch:  # a signal while it waits
+        patch.setattr(
+            reading_ahead.ReadingAhead, "wait", lambda self: (_ for _ in ()).throw(Interrupted(15))
+        )
+        with pytest.raises(Interrupted):
+            train(settings, run=tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "stopped, as overfitting: the run goes on when more images are read" in said
+    assert "goes on from there" in said
+    resume(tmp_path / "run")
+    record = RunDirectory(tmp_path / "run").data_record()
+    assert [row["step"] for row in record["seen"]][:2] == [0, 3]
+    assert [row["images"] for row in record["seen"]][:2] == [40, 160]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 12)
+
+
+def test_a_verdict_at_the_end_of_the_budget_waits_for_nothing(
+    folder: Path, small: None, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sfumato.training.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def stopping(self: Trainer, batch: object) -> object:
+        result = step(self, batch)
+        if self.state.counters.step == 3:
+            self.state.counters.stopped = "overfitting"
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+    train(growing(folder, budget=Budget(steps=3), stop="overfitting"), run=tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "when more images are read" not in said
+    assert "trained with 40 of 400 images" in said
+
+
+def test_a_checkpoint_that_cannot_be_written_is_not_tried_at_each_step(
+    folder: Path, small: None, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sfumato.errors import CheckpointError
+    from sfumato.training.saving import RunSaver
+
+    slowed(monkeypatch, after=2)
+    save, calls = RunSaver.save_now, []
+
+    def full(self: RunSaver) -> None:
+        if self.trainer.state.counters.step:
+            calls.append(self.trainer.state.counters.step)
+            raise CheckpointError("no space left")
+        save(self)
+
+    monkeypatch.setattr(RunSaver, "save_now", full)
+    train(growing(folder, budget=Budget(steps=12)), run=tmp_path / "run")
+    assert calls == [3]
+    assert "no space left" in capsys.readouterr().err
+
+
+def test_a_sample_leaves_what_is_known_of_the_other_images(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sfumato.data.index_store.SLOW_S", 0.0)
+    config = DataConfig(source=Folder(str(folder)), resolution=8, channels=1)
+
+    def known() -> int:
+        stored = KeyStore(config.source).load()
+        return len({number for each in stored for number in each.column("identity").tolist()})
+
+    index(config)
+    assert known() == 400
+    index(replace(config, limit=40, holdout=0.2))
+    assert known() == 400
+
+
+def test_a_limit_concerns_no_other_source(folder: Path) -> None:
+    config = DataConfig(source=Folder(str(folder)), limit=3, wait="ready", channels=1)
+    other = config.of_other(Folder("elsewhere"))
+    assert (other.limit, other.wait, other.channels) == (0, "all", 1)
+    assert other.source == Folder("elsewhere")
+
+
+def test_excluded_categories_are_none_of_a_sample(folder: Path, tmp_path: Path) -> None:
+    names = [f"c3/{number:03d}.png" for number in range(300, 400)]
+    (tmp_path / "exclude.txt").write_text("\n".join(names))
+    config = DataConfig(
+        source=Folder(str(folder)), resolution=8, channels=1, exclude=str(tmp_path / "exclude.txt")
+    )
+    assert index(replace(config, limit=30)).categories == index(config).categories
+    assert index(config).categories == ("c0", "c1", "c2")
 
 
 def test_a_run_that_ends_before_all_is_read_says_so(
@@ -167,23 +320,34 @@ def test_a_reading_process_that_fails_is_said_and_training_goes_on(
     assert "trained with 40 of 400 images" in said
 
 
+@pytest.mark.parametrize(
+    "problem", [ConfigError("does not fit", where="data", hint="none"), OSError("no space left")]
+)
 def test_images_that_do_not_fit_the_model_are_left_out_and_training_goes_on(
-    folder: Path, small: None, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+    problem: Exception,
+    folder: Path,
+    small: None,
+    tmp_path: Path,
+    monkeypatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     slowed(monkeypatch, after=2)
     restore = training._restore_trainer
 
     def refusing(directory, overrides, **options):
-        if "data.limit=160" in overrides:
-            raise ConfigError("does not fit", where="data", hint="none")
+        if options.get("limit") == 160:
+            raise problem
         return restore(directory, overrides, **options)
 
     monkeypatch.setattr(training, "_restore_trainer", refusing)
     run = train(growing(folder, budget=Budget(steps=6)), run=tmp_path / "run")
     said = capsys.readouterr().err
-    assert "warning: the run goes on without more images: data: does not fit" in said
+    assert "warning: the run goes on without more images: " in said
     assert "trained with 40 of 400 images" in said
-    assert (resolve(run).data.wait, resolve(run).data.limit) == ("all", 40)
+    assert (resolve(run).data.wait, resolve(run).data.limit) == ("ready", 40)
+    monkeypatch.setattr(training, "_restore_trainer", restore)
+    resume(run, overrides=["budget.steps=20"])  # what was wrong may have passed
+    assert resolve(run).data.limit == 0
 
 
 def test_few_images_are_all_read_first(folder: Path, tmp_path: Path) -> None:
@@ -194,7 +358,12 @@ def test_few_images_are_all_read_first(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("override", "where"),
-    [("budget.epochs=2", "budget.epochs"), ("data.cache=off", "data.cache")],
+    [
+        ("budget.epochs=2", "budget.epochs"),
+        ("data.cache=off", "data.cache"),
+        ("conditioner.attributes.size=8", "conditioner.attributes"),
+        ("autoencoder.kind=trained", "autoencoder"),
+    ],
 )
 def test_what_cannot_grow_is_refused_before_work(
     folder: Path, tmp_path: Path, override: str, where: str

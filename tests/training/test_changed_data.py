@@ -25,8 +25,10 @@ from sfumato.recipes import Run
 from sfumato.recipes.resolver import resolve
 from sfumato.runs import resume, train
 from sfumato.runs.changed_data import Continued, carried_info
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.preparation import open_data, prepare
 from sfumato.storage import checkpoint
+from sfumato.storage.run_directory import RunDirectory
 from tests.helpers.runs import tiny_run
 
 SHORT = "budget.steps=16"
@@ -124,8 +126,39 @@ def test_values_of_another_kind_are_refused(tmp_path: Path) -> None:
         values = np.random.default_rng(int(path.stem)).uniform(-3, 3, (8, 8)).astype(np.float32)
         np.save(path.with_suffix(".npy"), values)
         path.unlink()
-    with pytest.raises(DataError, match="the numbers in the images are of another kind"):
+    with pytest.raises(DataError, match="black and white were the ends of their type"):
         resume(run, overrides=[SHORT], accepts_data=True)
+
+
+def test_values_of_another_kind_are_refused_the_other_way_round(tmp_path: Path) -> None:
+    images = tmp_path / "images" / "a"
+    images.mkdir(parents=True)
+    for number in range(24):
+        values = np.random.default_rng(number).uniform(-3, 3, (8, 8)).astype(np.float32)
+        np.save(images / f"{number:03d}.npy", values)
+    run = begun(tmp_path / "images", tmp_path / "run", conditioner=ContextConfig())
+    for path in images.glob("*.npy"):
+        path.unlink()
+    add(tmp_path / "images", "a", range(24))
+    with pytest.raises(DataError, match="and are the ends of their type"):
+        resume(run, overrides=[SHORT], accepts_data=True)
+
+
+def test_a_fine_tuning_keeps_the_range_of_its_own_images(tmp_path: Path) -> None:
+    """What its conditioner was built from is the base's, and says another range."""
+    for name, reach in (("first", 3.0), ("second", 9.0)):
+        (tmp_path / name / "a").mkdir(parents=True)
+        for number in range(24):
+            values = np.random.default_rng(number).uniform(-reach, reach, (8, 8))
+            np.save(tmp_path / name / "a" / f"{number:03d}.npy", values.astype(np.float32))
+    base = begun(tmp_path / "first", tmp_path / "base", conditioner=ContextConfig())
+    settings = choose_finetuning(base, str(tmp_path / "second"), ["budget.steps=2"])
+    run = train(settings.resolved(["budget.steps=2"]).run, run=tmp_path / "tuned")
+    before = RunDirectory(run).data_record()["value_range"]
+    assert before[1] > 8 > infos(run)[-1].value_range[1]
+    np.save(tmp_path / "second" / "a" / "more.npy", np.full((8, 8), 7.0, np.float32))
+    resume(run, overrides=["budget.steps=4"], accepts_data=True)
+    assert RunDirectory(run).data_record()["value_range"] == before
 
 
 NOW = ConditioningInfo(
@@ -185,7 +218,9 @@ def test_another_preparation_of_unchanged_data_is_the_same(tmp_path: Path) -> No
     first = prepare(run)
     fingerprint = first.dataset.fingerprint
     for accepts in (False, True):
-        before = Continued(info=first.info, fingerprint=fingerprint, accepts_data=accepts)
+        before = Continued(
+            info=first.info, fingerprint=fingerprint, value_range=None, accepts_data=accepts
+        )
         again = prepare(run, continued=before)
     assert (again.run, again.info) == (first.run, first.info)
     assert again.dataset.fingerprint == first.dataset.fingerprint

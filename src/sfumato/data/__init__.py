@@ -8,7 +8,7 @@ from sfumato.data.buckets import BucketConfig
 from sfumato.data.data_config import DataConfig
 from sfumato.data.dataset import Dataset, PrecomputedLatents
 from sfumato.data.index_store import listed
-from sfumato.data.indexing import index, is_indexed, prepare_by, prepare_part
+from sfumato.data.indexing import index, is_indexed, prepare_by, prepare_part, sampled
 from sfumato.data.listing import Blob, Entry, File, Inline, Listing, Reject, Source
 from sfumato.data.loader import Batch, ShapeGroup, batches, to_float
 from sfumato.data.sources import (
@@ -55,6 +55,7 @@ __all__ = [
     "listed",
     "prepare_by",
     "prepare_part",
+    "sampled",
     "source_at",
     "to_float",
 ]  # fmt: skip

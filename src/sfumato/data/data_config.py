@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sfumato.config.bounds import (
@@ -146,6 +146,10 @@ class DataConfig:
                 where="data.augment",
                 hint="set quarter_turns=none",
             )
+
+    def of_other(self, source: Source) -> DataConfig:
+        """Return the configuration of all images of another source, in the same shape."""
+        return replace(self, source=source, limit=0, wait="all")
 
     def pixel_format(self, scale: Scale = Scale()) -> PixelFormat:
         """Return the format that images are decoded to, where `scale` defines black and white."""

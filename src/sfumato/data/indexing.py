@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import cpu_count
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,7 @@ class _Work:
                 for place in np.flatnonzero(~is_used).tolist()
             ]
         chosen = select(entries, sample(len(entries), config.limit))
+        more = set(values(entries, "category")) if len(chosen) < len(entries) else set()
         return _Listed(
             config,
             listing,
@@ -198,6 +199,7 @@ class _Work:
             unused,
             choose_scale(config.range, entries),
             beyond=len(entries) - len(chosen),
+            categories=more,
         )
 
     def read(
@@ -258,8 +260,8 @@ def _read(
 
 @dataclass(frozen=True)
 class _Listed:
-    """What a source lists: the entries that are used, the images that are left out already, and how many
-    more there are than `data.limit`.
+    """What a source lists: the entries that are used and the images that are left out already; where a
+    sample is used, how many more there are, and the categories of all.
     """
 
     config: DataConfig
@@ -267,12 +269,8 @@ class _Listed:
     entries: Sequence[Entry]
     unused: list[Reject]
     scale: ChosenScale
-    beyond: int = 0
-
-    @property
-    def categories(self) -> set[str | None]:
-        """The categories of all that is listed, where only a sample of it is read."""
-        return set(values(self.listing.entries, "category")) if self.beyond else set()
+    beyond: int
+    categories: set[str | None]
 
     def store(self, known: KnownKeys) -> PixelStore:
         """Return where its pixels are put."""
@@ -310,6 +308,12 @@ def sample(count: int, limit: int) -> NDArray[np.int64]:
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         mixed ^= mixed >> np.uint64(31)
     return np.sort(np.argpartition(mixed, limit - 1)[:limit])
+
+
+def sampled(listing: Listing, limit: int) -> Listing:
+    """Return the sample of a listing that `data.limit` leaves; 0 leaves all."""
+    part = sample(len(listing.entries), limit)
+    return replace(listing, entries=select(listing.entries, part))
 
 
 def _rejects(entries: Sequence[Entry], part: ReadPart) -> list[Reject]:

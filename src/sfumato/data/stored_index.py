@@ -106,7 +106,8 @@ class StoredIndex:
             return
         if self._watch.is_lasting(self._config.source, state):
             self._place.save(state, lambda: (_all_columns(dataset, read), _facts(dataset)))
-            self._keys.save(*read.known(), replaces=True)
+            # of a sample, those of the other images stay
+            self._keys.save(*read.known(), replaces=not dataset.ledger.beyond)
 
 
 def _all_columns(dataset: Dataset, read: ReadPart) -> dict[str, pyarrow.Array]:

@@ -43,39 +43,51 @@ class InitialLoRA:
 
 
 def initial_lora(
-    path: Path, backbone: Backbone, conditioner: CompositeConditioner, *, partial: bool = False
+    path: Path,
+    backbone: Backbone,
+    conditioner: CompositeConditioner | None,
+    *,
+    partial: bool = False,
 ) -> InitialLoRA:
     """Read a LoRA file that a fine-tuning begins with.
 
     Args:
         backbone: that it is for, which may be on the meta device.
-        conditioner: that it is for, whose text encoders are loaded for a file that changes them.
+        conditioner: that it is for, whose text encoders are loaded for a file that changes them; None
+            if these are not to be trained.
         partial: whether tensors that fit no layer of the model are left out.
     Raises:
-        CheckpointError: as `read_lora`.
+        CheckpointError: as `read_lora`; or if it changes no layer of the network.
     """
     network = backbone.implementation
+    trainable = dict if conditioner is None else conditioner.text_layers
     names = LayerNames(
-        network, lambda: conditioner.text_encoders() if conditioner.text_layers() else {}
+        network, lambda: conditioner.text_encoders() if conditioner and trainable() else {}
     )
     read = read_lora(path, names, partial=partial)
+    if names.network not in read.changes:
+        raise CheckpointError(
+            "changes text encoders only, and no layer of the network that is trained",
+            where=str(path),
+            hint="use it while sampling: `sfumato sample MODEL --lora FILE`",
+        )
     inside = next(name for name, module in backbone.named_modules() if module is network)
     prefix = f"{inside}." if inside else ""
     factors = {f"{prefix}{name}": one for name, one in read.changes[names.network].items()}
     layers: dict[str, nn.Module] = dict(adaptable_layers(backbone))
     remarks = read.remarks
     if len(read.changes) > 1:
-        trainable = conditioner.text_layers()
+        own = trainable()
         texts = {
             f"{part}.{name}": one
             for part, changes in read.changes.items()
             if part != names.network
             for name, one in changes.items()
         }
-        if others := sorted(texts.keys() - trainable.keys()):
+        if others := sorted(texts.keys() - own.keys()):
             remarks = (*remarks, _left_out(others, path, partial=partial))
-        factors |= {name: one for name, one in texts.items() if name in trainable}
-        layers |= trainable
+        factors |= {name: one for name, one in texts.items() if name in own}
+        layers |= own
     adapter = lora_settings(factors, layers)
     return InitialLoRA(
         adapter=replace(adapter, initial=str(path), initial_hash=_hash(factors)),

@@ -603,8 +603,11 @@ def _stores_latents(
         * (height // autoencoder.factor)
         * (width // autoencoder.factor)
     )
+    images = len(dataset.training)
+    if dataset.config.wait == "ready":  # the decision is one for all that will be read
+        images += dataset.ledger.beyond
     cache_folder().mkdir(parents=True, exist_ok=True)
     room = DISK_FRACTION * shutil.disk_usage(cache_folder()).free
-    store = dataset.config.cache != "off" and each * count * len(dataset.training) <= room
+    store = dataset.config.cache != "off" and each * count * images <= room
     directory.write_json(f"{FOLDER}/kept.json", {"kept": store})
     return store

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import config as configuration
-from sfumato.data import Listing, Source, files, listed, source_at
+from sfumato.data import Listing, Source, files, listed, sampled, source_at
 from sfumato.data.frames import expand_frames
 from sfumato.data.missing_labels import fill_missing
 from sfumato.data.pixel_format import MAX_BANDS
@@ -185,6 +185,8 @@ def _choose_preset(
     )
     if data.get("frames") in ("all", "max"):
         listing = expand_frames(listing, data["frames"])
+    if data.get("wait") != "ready" and isinstance(limit := data.get("limit"), int):
+        listing = sampled(listing, limit)
     chosen = partial(choose, str(source), listing, resolution=_sides(data), **known)
     if "autoencoder" not in settings:
         return chosen()

@@ -25,11 +25,13 @@ class Continued:
     Attributes:
         info: what its conditioner was built from.
         fingerprint: of its data.
+        value_range: of these; see `ConditioningInfo`, which has that of the base in a fine-tuning.
         accepts_data: whether it goes on if these have changed.
     """
 
     info: ConditioningInfo
     fingerprint: str
+    value_range: tuple[float, float] | None
     accepts_data: bool
 
     @classmethod
@@ -41,8 +43,13 @@ class Continued:
             with suppress(CheckpointError, ConfigError):
                 state = checkpoint.state_of(path)
                 info = configuration.parse(ConditioningInfo, state.get("facts"), where=str(path))
-                fingerprint = str(state.get("data"))
-                return cls(info=info, fingerprint=fingerprint, accepts_data=accepts_data)
+                found = directory.data_record().get("value_range", info.value_range)
+                return cls(
+                    info=info,
+                    fingerprint=str(state.get("data")),
+                    value_range=None if found is None else (float(found[0]), float(found[1])),
+                    accepts_data=accepts_data,
+                )
         return None
 
     def adjusted(
@@ -59,17 +66,16 @@ class Continued:
         """
         if not self.accepts_data or dataset.fingerprint == self.fingerprint:
             return run, dataset
-        data = run.data
-        if dataset.scale.range != self.info.value_range and data.range == "auto":
-            if self.info.value_range is None:
-                low, high = dataset.scale.range or (0.0, 1.0)
+        data, before, now = run.data, self.value_range, dataset.scale.range
+        if now != before and data.range == "auto":
+            if before is None or now is None:
                 raise DataError(
-                    "the numbers in the images are of another kind: what is black and white followed "
-                    f"from their type when the run began, and was measured now ({low:g}, {high:g})",
+                    "the numbers in the images are of another kind: black and white were "
+                    f"{_limits(before)} when the run began, and are {_limits(now)}",
                     where=place_of(data.source),
-                    hint="set data.range=[BLACK, WHITE]",
+                    hint="set data.range=[BLACK, WHITE], or train a new run",
                 )
-            data = replace(data, range=self.info.value_range)
+            data = replace(data, range=before)
         if "category" in run.conditioner.names and dataset.categories != self.info.categories:
             data = replace(data, categories=self.info.categories)
         if data == run.data:
@@ -97,6 +103,14 @@ class Continued:
                 markup=False,
             )
         return result
+
+
+def _limits(value_range: tuple[float, float] | None) -> str:
+    return (
+        "the ends of their type"
+        if value_range is None
+        else f"{value_range[0]:g} and {value_range[1]:g}"
+    )
 
 
 def carried_info(run: Run, before: ConditioningInfo, now: ConditioningInfo) -> ConditioningInfo:

@@ -18,6 +18,7 @@ from sfumato.runs.cost import CostEstimate, estimate_cost
 from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.plan_check import Finding, check_plan
 from sfumato.runs.preparation import prepare
+from sfumato.runs.reading_ahead import with_first_sample
 from sfumato.runs.world_plan import world_lines
 from sfumato.training.parameters import describe
 
@@ -106,8 +107,9 @@ def plan(
 
 
 def _plan(chosen: ResolvedConfig, world: int | None = None) -> TrainingPlan:
-    run = chosen.run
-    prepared = prepare(run, listing=chosen.listing_of(run))
+    listing = chosen.listing_of(chosen.run)
+    run = with_first_sample(chosen.run, listing)
+    prepared = prepare(run, listing=listing)
     several = [] if world is None else world_lines(prepared, world)
     dataset, images = prepared.dataset, len(prepared.dataset.training)
     dataset_notes = [

@@ -172,7 +172,7 @@ def _settings(
     if reference is None:
         return run
     source = source_at(reference)
-    data = replace(run.data, source=source, holdout=REFERENCE_HOLDOUT, exclude=None)
+    data = replace(run.data.of_other(source), holdout=REFERENCE_HOLDOUT, exclude=None)
     return replace(run, data=data if caption is None else replace(data, caption=caption))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sfumato import config as configuration
 from sfumato.adapters import Adapter
 from sfumato.contexts import CONTEXTS, ContextConfig, Text
-from sfumato.data import DataConfig, Listing, listed, source_at
+from sfumato.data import DataConfig, Listing, listed, sampled, source_at
 from sfumato.data.holdout import expected_holdout
 from sfumato.data.missing_labels import fill_missing
 from sfumato.errors import ConfigError
@@ -88,12 +88,16 @@ def choose_finetuning(
     if like is not None:
         start = converted(start, Path(model), folder)
     if lora is not None:
-        start = with_lora_file(start, Path(lora), partial=partial)
+        asked = configuration.with_overrides({}, overrides).get("adapter") or {}
+        texts = asked.get("text_encoders") is not False
+        start = with_lora_file(start, Path(lora), partial=partial, trains_texts=texts)
     images = source_at(source)
-    data = _data(replace(start.run.data, source=images), overrides)
+    own = start.run.data.of_other(images)
+    data = _data(own, overrides)
     _require_legal_sizes(data, start.multiple)
     given = listed(data.source)
     listing = fill_missing(given, caption=data.caption, category=data.category)
+    listing = sampled(listing, data.limit)
     count = len(listing.entries)
     captioned = sum(bool(entry.captions) for entry in listing.entries)
     _require_contexts(start.run, folder, source, listing)
@@ -116,7 +120,7 @@ def choose_finetuning(
     run = replace(
         start.run,
         name=f"{Path(source).resolve().stem or 'images'}-{start.run.name}",
-        data=replace(start.run.data, source=images),
+        data=own,
         adapter=adapter,
         preservation=preservation,
         conditioner=_with_contexts(_with_dropout(start.run.conditioner), adapter),

@@ -46,13 +46,17 @@ class InitialAdapter:
 
 
 def read_initial(
-    path: Path, network: Backbone, conditioner: CompositeConditioner, *, partial: bool = False
+    path: Path,
+    network: Backbone,
+    conditioner: CompositeConditioner | None,
+    *,
+    partial: bool = False,
 ) -> InitialAdapter:
     """Read a LoRA file, or the LoRA of a run.
 
     Args:
         network: that it is for, which may be on the meta device.
-        conditioner: that it is for.
+        conditioner: that it is for; None if text encoders are not to be trained.
         partial: whether tensors of a file that fit no layer of the model are left out.
     Raises:
         CheckpointError: if it is not there, cannot be read or does not fit.
@@ -173,7 +177,8 @@ def begin_adapter(run: Run, model: Model) -> None:
     before = run.adapter.initial_hash
     # a hash is that of what fits, so that nothing else is left out than was agreed to
     place = Path(run.adapter.initial)
-    read = read_initial(place, model.network, model.conditioner, partial=bool(before))
+    conditioner = model.conditioner if run.adapter.text_encoders else None
+    read = read_initial(place, model.network, conditioner, partial=bool(before))
     require_same_settings(run.adapter, read.adapter)
     now = read.adapter.initial_hash
     if before and before != now:

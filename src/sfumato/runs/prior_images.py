@@ -75,8 +75,7 @@ def given_prior(
     if config is None or not config.source:
         return None
     settings = replace(
-        run.data,
-        source=source_at(config.source),
+        run.data.of_other(source_at(config.source)),
         size=(image_shape[1], image_shape[2]),
         buckets=None,
         augment=AugmentConfig(),

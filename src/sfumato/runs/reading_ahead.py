@@ -14,8 +14,9 @@ from pathlib import Path
 
 from sfumato.data import Dataset, Listing, is_indexed, listed
 from sfumato.distributed import current
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, redact_secrets
 from sfumato.observability.progress import console
+from sfumato.platform import die_with_parent
 from sfumato.process import signals
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.recipes.run import Run
@@ -37,7 +38,12 @@ def with_first_sample(run: Run, listing: Listing | None) -> Run:
     """
     if run.data.wait == "all":
         return run
-    _require_growable(run)
+    for key, obstacle in _obstacles(run):
+        raise ConfigError(
+            f"more images cannot be added where {obstacle}",
+            where=key,
+            hint="use data.wait=all; `sfumato data cache` reads images ahead of training",
+        )
     if run.data.limit or is_indexed(run.data, annotations=run.conditioner.names):
         return run
     found = listing or listed(run.data.source, trusts=run.data.verify == "auto")
@@ -51,22 +57,21 @@ def with_first_sample(run: Run, listing: Listing | None) -> Run:
     return replace(run, data=replace(run.data, limit=FIRST))
 
 
-def _require_growable(run: Run) -> None:
-    """Raise ConfigError if a run cannot go on with more images."""
-    obstacles = {
-        "distributed": current().size > 1 and "several processes train together",
-        "autoencoder": isinstance(run.autoencoder, TrainedAutoencoder)
-        and "an autoencoder is trained first",
-        "budget.epochs": run.budget.epochs is not None and "epochs become longer",
-        "data.cache": run.data.cache == "off" and "images that are read are not kept",
-    }
-    for key, obstacle in obstacles.items():
-        if obstacle:
-            raise ConfigError(
-                f"more images cannot be added where {obstacle}",
-                where=key,
-                hint="use data.wait=all; `sfumato data cache` reads images ahead of training",
-            )
+def _obstacles(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield the settings with which a run cannot go on with more images, and why."""
+    if current().size > 1:
+        yield "distributed", "several processes train together"
+    if isinstance(run.autoencoder, TrainedAutoencoder):
+        yield "autoencoder", "an autoencoder is trained first"
+    if run.budget.epochs is not None:
+        yield "budget.epochs", "epochs become longer"
+    if run.data.cache == "off":
+        yield "data.cache", "images that are read are not kept"
+    if run.conditioner.attributes is not None:
+        yield "conditioner.attributes", "their names and means are those of all images"
+    place = str(getattr(run.data.source, "path", ""))
+    if redact_secrets(place) != place:
+        yield "data.source", "the address has a secret, which a run does not store"
 
 
 @dataclass
@@ -123,6 +128,10 @@ def reading_ahead(run: Run, dataset: Dataset, directory: RunDirectory) -> Iterat
     if run.data.wait == "all" or not beyond:
         yield ReadingAhead()
         return
+    for _, obstacle in _obstacles(run):
+        console().print(f"no more images are read, since {obstacle}", markup=False)
+        yield ReadingAhead()
+        return
     more = TIMES * run.data.limit
     limit = more if 2 * more < count + beyond else 0
     place = str(directory.path)
@@ -136,6 +145,7 @@ def reading_ahead(run: Run, dataset: Dataset, directory: RunDirectory) -> Iterat
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent if os.name == "posix" else None,
         )
     with suppress(OSError, AttributeError):  # it may have ended; other systems have no priorities
         os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
@@ -147,3 +157,4 @@ def reading_ahead(run: Run, dataset: Dataset, directory: RunDirectory) -> Iterat
             process.wait(STOP_S)  # what it has read is kept
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()

@@ -136,9 +136,13 @@ def _patch(run: Run) -> int:
     return int(configuration.plain(run.network)["settings"].get("patch_size") or 1)
 
 
-def with_lora_file(start: StartingPoint, lora: Path, *, partial: bool) -> StartingPoint:
+def with_lora_file(
+    start: StartingPoint, lora: Path, *, partial: bool, trains_texts: bool
+) -> StartingPoint:
     """Return the starting point with the values of a LoRA file as the first ones.
 
+    Args:
+        trains_texts: whether text encoders may be trained.
     Raises:
         ConfigError: if it has a LoRA of its own.
         CheckpointError: if the file cannot be read or does not fit.
@@ -149,7 +153,8 @@ def with_lora_file(start: StartingPoint, lora: Path, *, partial: bool) -> Starti
             where=f"--lora {lora}",
             hint="leave --lora out, or name the base without a LoRA",
         )
-    initial = read_initial(lora, *outline(start.run, start.info), partial=partial)
+    network, conditioner = outline(start.run, start.info)
+    initial = read_initial(lora, network, conditioner if trains_texts else None, partial=partial)
     adapter = initial.adapter
     scale = "" if adapter.alpha is None else f", alpha {adapter.alpha:g}"
     lines = (

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
+
+import torch
 
 from sfumato import __version__
 from sfumato import config as configuration
@@ -18,9 +21,8 @@ from sfumato.data.recorded_names import shortened, write_names
 from sfumato.distributed import World, current, joined
 from sfumato.errors import (
     CheckpointError,
-    ConfigError,
-    DataError,
     RunError,
+    SfumatoError,
     redact_secrets,
     without_secrets,
 )
@@ -137,7 +139,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
     if chosen.choice is not None:
         lines = [
             *chosen.reasons,
-            *world.on_first(lambda: _cost_lines(prepared)),
+            *world.on_first(partial(_cost_lines, prepared)),
             f"for a data report: sfumato data check {source}",
         ]
         console().print("\n".join(lines), markup=False)
@@ -150,7 +152,9 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
     with directory.locked():
         directory.write_status("preparing", 0)
         _write_description(prepared, directory, begins=0)
-        _run_to_the_end(partial(build_trainer, prepared, directory), directory)
+        once = [prepared]  # so that nothing but the trainer holds its model
+        del prepared
+        _run_to_the_end(lambda: build_trainer(once.pop(), directory), directory)
     return directory.path
 
 
@@ -286,9 +290,13 @@ def _run_to_the_end(begin: Callable[[], Trainer | None], directory: RunDirectory
         begin: returns the trainer; None if the run is finished.
     """
     trainer = begin()
-    while trainer is not None and (limit := _more_images(trainer, directory)) is not None:
-        del trainer  # there is memory for one
-        trainer = _with_more_images(directory, limit)
+    grows = True
+    while trainer is not None and grows and (more := _more_images(trainer, directory)) is not None:
+        trainer = None
+        _free_memory()  # there is some for one trainer
+        trainer, grows = _with_more_images(directory, more)
+    if trainer is not None and not grows:
+        trainer.run()
     if trainer is None:
         return
     run = cast(Run, trainer.config)
@@ -315,24 +323,45 @@ def _more_images(trainer: Trainer, directory: RunDirectory) -> int | None:
     run, counters = cast(Run, trainer.config), trainer.state.counters
     with reading_ahead(run, trainer.dataset, directory) as ahead:
         ended = trainer.run(pauses=ahead.is_done)
-        if ended and counters.stopped and ahead.is_running:
+        stopped = ended and counters.stopped and trainer.progress < 1  # by a verdict
+        if stopped and ahead.is_running:
             console().print(
                 f"stopped, as {counters.stopped}: the run goes on when more images are read",
                 markup=False,
             )
-            ahead.wait()
-        if ahead.is_done() and (not ended or counters.stopped):
-            return ahead.limit
-        return None
+            directory.write_status("running", counters.step)
+            try:
+                ahead.wait()
+            except Interrupted as signal:
+                signal.is_said = True
+                console().print(
+                    f"{signal}: `sfumato resume {directory.root}` goes on from there", markup=False
+                )
+                raise
+            if not ahead.is_done():
+                directory.write_status("finished", counters.step)
+        return ahead.limit if ahead.is_done() and (not ended or stopped) else None
 
 
-def _with_more_images(directory: RunDirectory, limit: int) -> Trainer:
-    """Restore a run with more of its images; as it was, if it cannot go on with these."""
+def _free_memory() -> None:
+    """Free what only cycles of references hold, on the device too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _with_more_images(directory: RunDirectory, limit: int) -> tuple[Trainer, bool]:
+    """Restore a run with more of its images; return whether it has them, and may get further ones.
+
+    Otherwise it is as it was.
+    """
     try:
-        return _restore_trainer(directory, [f"data.limit={limit}"], accepts_data=True, mirror=None)
-    except (ConfigError, DataError, CheckpointError) as error:
+        trainer = _restore_trainer(directory, (), accepts_data=True, mirror=None, limit=limit)
+        return trainer, True
+    except (SfumatoError, OSError) as error:
         console().print(f"warning: the run goes on without more images: {error}", markup=False)
-        return _restore_trainer(directory, ["data.wait=all"], accepts_data=False, mirror=None)
+    _free_memory()
+    return _restore_trainer(directory, (), accepts_data=False, mirror=None), False
 
 
 def _report(path: Path) -> None:
@@ -344,14 +373,26 @@ def _report(path: Path) -> None:
 
 
 def _restore_trainer(
-    directory: RunDirectory, overrides: Overrides, *, accepts_data: bool, mirror: str | None
+    directory: RunDirectory,
+    overrides: Overrides,
+    *,
+    accepts_data: bool,
+    mirror: str | None,
+    limit: int | None = None,
 ) -> Trainer:
     """Return the trainer as its newest checkpoint left it.
 
     What cannot go on is refused before the run's description is touched.
+
+    Args:
+        limit: how many images it goes on with, where it does not wait for all; None for as many as it
+            had.
     """
     before = with_absolute_paths(resolve(directory.path))
     settings = with_absolute_paths(resolve(directory.path, overrides))
+    if settings.data.wait == "ready" and before.data.wait == "ready":
+        own = _limit_of(directory, before) if limit is None else limit
+        settings = replace(settings, data=replace(settings.data, limit=own))
     screen = console()
     changed = configuration.differences(configuration.plain(before), configuration.plain(settings))
     for line in changed:
@@ -378,6 +419,14 @@ def _restore_trainer(
     directory.require_space(trainer.saver.disk_bytes())
     _write_description(prepared, directory, begins=trainer.plan.begins)
     return trainer
+
+
+def _limit_of(directory: RunDirectory, run: Run) -> int:
+    """Return how many images a run that does not wait for all had at its newest checkpoint."""
+    for path in checkpoint.paths(directory.checkpoints):
+        with suppress(CheckpointError, KeyError, TypeError, ValueError):
+            return int(checkpoint.configuration_of(path)["data"]["limit"])
+    return run.data.limit
 
 
 def _cost_lines(prepared: PreparedRun) -> list[str]:

@@ -71,6 +71,9 @@ class Agreed(NamedTuple):
     lost: Sequence[tuple[str, str]]
 
 
+PAUSE_RETRY_S = 30.0  # after which a pause whose checkpoint could not be written is tried again
+
+
 class Paused(Exception):
     """Raised after a checkpoint was saved, when training is to end before its budget is spent."""
 
@@ -117,7 +120,8 @@ class Trainer:
             task.model, task.optimized_parts, config.post_hoc_ema.profiles, self._place
         )
         self.plan = dataset.plan(seed=config.seed, batch_size=config.batch_size)
-        self._new = True
+        self._new, self._has_other_data = True, False
+        self._pauses_from = 0.0
         self.timetable = Timetable(self.state)
         self.saver = RunSaver(self, writes_frozen=writes_frozen)
         self.recent, self._whole = Recent(), True
@@ -177,6 +181,7 @@ class Trainer:
         counters.kept = min(counters.kept, self.progress)  # the budget may have been raised
         if accepts_data and changed:
             counters.stopped = ""  # the verdict was one on other data
+        self._has_other_data = changed
         self.world.on_first(
             partial(post_hoc_ema.forget, self.directory.averages, after=counters.step)
         )
@@ -322,7 +327,7 @@ class Trainer:
         ):
             self.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         self.directory.require_space(self.saver.disk_bytes())
-        if self._new:
+        if self._new or self._has_other_data:  # a kill leaves a run that goes on with these data
             self.saver.save_now()
         self.directory.write_status("running", counters.step)
 
@@ -411,8 +416,10 @@ class Trainer:
         )
 
     def _pause(self) -> None:
-        self.saver.save_now()
-        raise Paused
+        if time.monotonic() > self._pauses_from:
+            self._pauses_from = time.monotonic() + PAUSE_RETRY_S  # if it cannot be saved
+            self.saver.save_now()
+            raise Paused
 
     def _pass_over(self) -> None:
         """Count a batch that is not trained on."""
