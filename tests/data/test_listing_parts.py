@@ -111,7 +111,10 @@ def by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sfumato.data.parallel.MIN_FORKED", 1)
 
 
-@pytest.mark.parametrize("seeds", [range(12), range(12, 24), range(24, 36)])
+@pytest.mark.parametrize(
+    "seeds",
+    [range(12), *(pytest.param(range(n, n + 12), marks=pytest.mark.slow) for n in (12, 24))],
+)
 def test_tars_are_listed_as_they_are_together(
     seeds: range, tmp_path: Path, by_processes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ TWO = ("--procs", "2")
         ("shapes", "replicate", 1e-6),  # groups of shapes are cut elsewhere
         ("pixel", "shard", 2e-6),
         pytest.param("dit", "shard", 1e-6, marks=pytest.mark.slow),
-        ("muon", "shard", 1e-5),
+        pytest.param("muon", "shard", 1e-5, marks=pytest.mark.slow),
         pytest.param("latent", "shard", 2e-6, marks=pytest.mark.slow),
         ("shapes", "shard", 1e-6),
     ],

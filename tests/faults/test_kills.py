@@ -58,7 +58,7 @@ def kill_at_random(case: Case, rng: random.Random, run: Path, cache: Path) -> tu
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["pixel", "latent"])
+@pytest.mark.parametrize("kind", ["pixel", pytest.param("latent", marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_as_if_left_alone(
     kind: str,
     kills: int,

@@ -135,7 +135,7 @@ def test_what_contradicts_the_file_is_refused_by_name(
         choose_finetuning(model, str(images), [*TINY, *overrides], lora=file)
 
 
-def test_changes_of_text_encoders_are_refused_or_left_out(
+def test_changes_of_text_encoders_are_trained_or_left_out(
     model: Path, images: Path, file: Path, tmp_path: Path
 ) -> None:
     more = {
@@ -143,11 +143,15 @@ def test_changes_of_text_encoders_are_refused_or_left_out(
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(64, 2),
     }
     save_file(load_file(file) | more, tmp_path / "f.safetensors")
+    trained = choose_finetuning(model, str(images), TINY, lora=tmp_path / "f.safetensors").run
+    assert isinstance(trained.adapter, LoRA)
+    assert trained.adapter.text_encoders
+    left_out = [*TINY, "adapter.text_encoders=false"]
     with pytest.raises(CheckpointError, match=r"2 tensors do not: lora_te_text_model"):
-        choose_finetuning(model, str(images), TINY, lora=tmp_path / "f.safetensors")
+        choose_finetuning(model, str(images), left_out, lora=tmp_path / "f.safetensors")
     whole = choose_finetuning(model, str(images), TINY, lora=file).run
     chosen = choose_finetuning(
-        model, str(images), TINY, lora=tmp_path / "f.safetensors", partial=True
+        model, str(images), left_out, lora=tmp_path / "f.safetensors", partial=True
     )
     partial, lines = chosen.run, chosen.lines
     assert any("2 tensors are left out" in line for line in lines)
@@ -169,7 +173,7 @@ def test_settings_of_a_lora_are_those_of_its_factors(chosen: str) -> None:
         for name, one in random_changes(network).items()
         if re.search(kept, name)
     }
-    adapter = lora_settings(factors, network)
+    adapter = lora_settings(factors, layers)
     copy = sharing_tensors(network)
     adapter.apply(copy, copy)
     adapted = adapted_layers(copy)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sfumato
-from sfumato.data import DataConfig
+from sfumato.data import DataConfig, Folder
 from sfumato.errors import ConfigError
 from sfumato.recipes import Run
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
@@ -42,7 +42,7 @@ def settings(place: Path) -> Run:
     return choose_finetuning(place / "model", source, SETTINGS).resolved(SETTINGS).run
 
 
-@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2, 1)])
+@pytest.mark.parametrize("order", [(3, 1, 2, 1), pytest.param((1, 2, 3), marks=pytest.mark.slow)])
 def test_parts_in_any_order_leave_training_nothing_to_encode(
     order: tuple[int, ...], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,9 +84,10 @@ def test_the_command_encodes_a_part(place: Path, tmp_path: Path, monkeypatch) ->
 
 
 def test_what_cannot_be_encoded_ahead_is_refused(place: Path) -> None:
-    run = Run(name="own", autoencoder=TrainedAutoencoder())
+    data = DataConfig(source=Folder(str(place / "photos")))
+    run = Run(name="own", autoencoder=TrainedAutoencoder(), data=data)
     with pytest.raises(ConfigError, match="the run trains its own autoencoder"):
         encode_part(run, 1, 2)
     with pytest.raises(ConfigError, match="nothing that is encoded would be kept"):
         encode_part(Run(name="off", data=DataConfig(cache="off")), 1, 2)
-    assert encode_part(Run(name="pixels"), 1, 2) == (0, 0)
+    assert encode_part(Run(name="pixels", data=data), 1, 2) == (0, 0)

@@ -137,6 +137,7 @@ class Crash(BaseException):
     """The process is gone."""
 
 
+@pytest.mark.slow
 def test_the_same_call_goes_on_with_what_the_run_has_grown_to(
     folder: Path, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,12 +153,16 @@ def test_the_same_call_goes_on_with_what_the_run_has_grown_to(
     assert [row["images"] for row in record["seen"]] == [50, 400]
 
 
-@pytest.mark.parametrize("moment", ["before it is described", "after it is described"])
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param("before it is described", marks=pytest.mark.slow), "after it is described"],
+)
 def test_a_run_that_dies_as_it_grows_goes_on(
     moment: str, folder: Path, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sfumato.training.saving import RunSaver
 
+    monkeypatch.setattr(reading_ahead, "FIRST", 110)
     with monkeypatch.context() as patch:
         slowed(patch, after=2)
         describe = training._write_description
@@ -321,7 +326,11 @@ def test_a_reading_process_that_fails_is_said_and_training_goes_on(
 
 
 @pytest.mark.parametrize(
-    "problem", [ConfigError("does not fit", where="data", hint="none"), OSError("no space left")]
+    "problem",
+    [
+        ConfigError("does not fit", where="data", hint="none"),
+        pytest.param(OSError("no space left"), marks=pytest.mark.slow),
+    ],
 )
 def test_images_that_do_not_fit_the_model_are_left_out_and_training_goes_on(
     problem: Exception,
@@ -332,10 +341,11 @@ def test_images_that_do_not_fit_the_model_are_left_out_and_training_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     slowed(monkeypatch, after=2)
+    monkeypatch.setattr(reading_ahead, "FIRST", 110)  # all are next
     restore = training._restore_trainer
 
     def refusing(directory, overrides, **options):
-        if options.get("limit") == 160:
+        if options.get("limit") is not None:
             raise problem
         return restore(directory, overrides, **options)
 
@@ -343,8 +353,8 @@ def test_images_that_do_not_fit_the_model_are_left_out_and_training_goes_on(
     run = train(growing(folder, budget=Budget(steps=6)), run=tmp_path / "run")
     said = capsys.readouterr().err
     assert "warning: the run goes on without more images: " in said
-    assert "trained with 40 of 400 images" in said
-    assert (resolve(run).data.wait, resolve(run).data.limit) == ("ready", 40)
+    assert "trained with 110 of 400 images" in said
+    assert (resolve(run).data.wait, resolve(run).data.limit) == ("ready", 110)
     monkeypatch.setattr(training, "_restore_trainer", restore)
     resume(run, overrides=["budget.steps=20"])  # what was wrong may have passed
     assert resolve(run).data.limit == 0

@@ -73,9 +73,10 @@ class Peer(World):
 
 
 def released(conditioner: Steered, world: World, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(text_encoders, "_texts", lambda prepared: TEXTS)
+    monkeypatch.setattr(text_encoders, "texts_of", lambda *_: TEXTS)
     monkeypatch.setattr(text_encoders, "current", lambda: world)
-    return text_encoders.release_encoders(SimpleNamespace(), conditioner)  # type: ignore[arg-type]
+    prepared: Any = SimpleNamespace(run=None, info=None, dataset=None, prior=None)
+    return text_encoders.release_encoders(prepared, conditioner)  # type: ignore[arg-type]
 
 
 def test_processes_of_a_machine_share_the_texts_and_find_what_one_would_have_made(
