@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data.neighbours import nearest_points
-from sfumato.data.parallel import ordered_map
+from sfumato.data.parallel import forked_map, ordered_map
 from sfumato.data.thumbnail_difference import align, centred, differ_less, power
 from sfumato.data.thumbnails import (
     CHUNK,
@@ -38,6 +38,7 @@ MIN_CORRELATION, MIN_CORRELATION_TO_ALIGN = 0.8, 0.87
 MAX_DIFFERENCE = 16.0
 PAIRS_AT_A_LOOK = 128  # of one thread: they stay in its cache
 PAIRS_AT_ONCE = 512  # that are given to one thread
+PAIRS_OF_AN_IMAGE = 16  # whose comparison takes about as long as decoding a small image
 QUERIES = 1 << 16  # whose neighbours are looked at together
 SAMPLE = 20_000  # images whose principal components are taken
 SLACK = 0.01  # of the squares of signatures, for rounding to 16 bits
@@ -149,7 +150,11 @@ def near_pairs(thumbnails: Thumbnails) -> NDArray[np.int64]:
         points = _points(thumbnails, candidates)
         near = candidates[_neighbours(points, np.searchsorted(candidates, queries))]
         parts = np.array_split(near, len(near) // PAIRS_AT_ONCE + 1)
-        new_pairs = ordered_map(lambda part: part[near_duplicates(thumbnails, values, part)], parts)
+        new_pairs = forked_map(
+            lambda part: part[near_duplicates(thumbnails, values, part)],
+            parts,
+            images=PAIRS_AT_ONCE // PAIRS_OF_AN_IMAGE,
+        )
         pairs = np.concatenate([pairs, *new_pairs])
         candidates, queries = _crowded(components(len(thumbnails), pairs), candidates)
     return pairs
