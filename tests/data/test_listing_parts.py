@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import random
 import tarfile
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from sfumato.data import Parquet, WebDataset, index
+from sfumato.data import Parquet, WebDataset, index, listed
+from sfumato.data import listing as listing_module
 from sfumato.data.data_config import DataConfig
 from sfumato.data.entry_table import EntryTable, encode, encode_part, joined
 from sfumato.data.listing import Entry, Inline, Listing, Slice
@@ -242,3 +246,38 @@ def test_parts_are_joined_as_one_encoding_gives_them() -> None:
         assert {name: column.type for name, column in table.columns.items()} == {
             name: column.type for name, column in whole.items()
         }
+
+
+def test_tars_whose_names_are_no_text_are_listed_together(
+    tmp_path: Path, by_processes: None
+) -> None:
+    for number in range(2):
+        path = tmp_path / f"{number}.tar"
+        write(path, [("0.png", png(number))])
+    path.rename(os.fsdecode(os.fsencode(tmp_path) + "/caf\xe9.tar".encode("latin-1")))
+    entries = WebDataset(str(tmp_path)).listing().entries
+    assert isinstance(entries, list)
+    assert len(entries) == 2
+
+
+def test_a_listing_with_an_error_that_may_pass_is_not_kept(
+    tmp_path: Path, by_processes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfumato.data.index_store.SLOW_S", 0.0)
+    monkeypatch.setattr("sfumato.data.source_state.RECENT_NS", 0)
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    for shard in range(2):
+        write(tmp_path / "set" / f"{shard}.tar", [("0.png", png(shard)), ("0.txt", b"a caption")])
+    time.sleep(0.05)
+    source, read = WebDataset(str(tmp_path / "set")), listing_module._read
+
+    def failing(path: str, offset: int, most: int) -> bytes:
+        data = read(path, offset, most)
+        if data == b"a caption":
+            raise OSError(errno.EIO, "input/output error")
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(listing_module, "_read", failing)
+        assert not any(entry.captions for entry in listed(source).entries)
+    assert all(entry.captions == ("a caption",) for entry in listed(source).entries)

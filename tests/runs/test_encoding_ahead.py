@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,11 @@ import pytest
 import sfumato
 from sfumato.data import DataConfig, Folder
 from sfumato.errors import ConfigError
-from sfumato.recipes import Run
+from sfumato.recipes import Run, autoencoder_stage
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.runs.encoding_ahead import encode_part
 from sfumato.runs.finetuning import choose_finetuning
+from sfumato.runs.preparation import open_data
 from sfumato.training import latent_cache
 from tests.helpers.cli import sfumato as cli
 from tests.helpers.diffusers_models import stable_diffusion
@@ -70,6 +73,25 @@ def test_parts_in_any_order_leave_training_nothing_to_encode(
     monkeypatch.setattr(PipelineTextEncoder, "_encode", encode)
     assert fingerprint(sfumato.train(settings(place), run=tmp_path / "again")) == alone
     assert encoded == []
+
+
+def test_latents_without_room_are_refused_and_those_that_are_there_need_none(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    run = settings(place)
+    run = replace(run, autoencoder=replace(run.autoencoder, statistics="measured"))
+    batches, _ = encode_part(run, 1, 1)
+    assert batches == 1
+    monkeypatch.setattr(autoencoder_stage, "DISK_FRACTION", 0.0)
+    monkeypatch.setattr(autoencoder_stage, "_measure_latents", None)  # its result is kept
+    assert encode_part(run, 1, 1)[0] == 1
+    dataset = open_data(run)
+    copy = run.autoencoder._copy(tmp_path / "final", dataset)
+    assert autoencoder_stage._have_room(copy, dataset, run.autoencoder.augmented_copies)
+    shutil.rmtree(tmp_path / "cache" / "latents")
+    with pytest.raises(ConfigError, match="need more than 0% of the free disk space"):
+        encode_part(run, 1, 1)
 
 
 def test_the_command_encodes_a_part(place: Path, tmp_path: Path, monkeypatch) -> None:

@@ -168,12 +168,15 @@ def test_a_run_that_dies_as_it_grows_goes_on(
         describe = training._write_description
         save = RunSaver.save_now
 
+        def gone(self: RunSaver, **_: bool) -> None:
+            raise Crash
+
         def dying(prepared, directory, *, begins):
             if begins and moment.startswith("before"):
                 raise Crash
             describe(prepared, directory, begins=begins)
             if begins:  # the checkpoint of the larger set is never written
-                patch.setattr(RunSaver, "save_now", lambda self: (_ for _ in ()).throw(Crash))
+                patch.setattr(RunSaver, "save_now", gone)
 
         patch.setattr(training, "_write_description", dying)
         with pytest.raises(Crash):
@@ -245,7 +248,7 @@ def test_a_checkpoint_that_cannot_be_written_is_not_tried_at_each_step(
     slowed(monkeypatch, after=2)
     save, calls = RunSaver.save_now, []
 
-    def full(self: RunSaver) -> None:
+    def full(self: RunSaver, **_: bool) -> None:
         if self.trainer.state.counters.step:
             calls.append(self.trainer.state.counters.step)
             raise CheckpointError("no space left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.preparation import open_data, prepare
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
-from tests.helpers.runs import tiny_run
+from tests.helpers.runs import fingerprint, tiny_run
+from tests.training.test_resume import Crash, crash_after
 
 SHORT = "budget.steps=16"
 
@@ -224,3 +226,46 @@ def test_another_preparation_of_unchanged_data_is_the_same(tmp_path: Path) -> No
         again = prepare(run, continued=before)
     assert (again.run, again.info) == (first.run, first.info)
     assert again.dataset.fingerprint == first.dataset.fingerprint
+
+
+def test_a_run_that_dies_right_after_its_data_changed_is_resumed_with_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(tmp_path / "images", "a", range(24))
+    run = begun(tmp_path / "images", tmp_path / "run", conditioner=ContextConfig())
+    add(tmp_path / "images", "a", range(24, 30))
+    expected = resume(
+        shutil.copytree(run, tmp_path / "whole"), overrides=[SHORT], accepts_data=True
+    )
+    with monkeypatch.context() as patch:
+        crash_after(patch, 0)
+        with pytest.raises(Crash):
+            resume(run, overrides=[SHORT], accepts_data=True)
+    newest = checkpoint.load(checkpoint.paths(run / "checkpoints")[0])
+    assert newest.step == 14
+    assert newest.state["data"] == RunDirectory(run).data_record()["fingerprint"]
+    assert newest.state["plan_begins"] == 14
+    assert not list((run / "checkpoints").glob("*.replaced"))
+    assert not list((run / "checkpoints").glob("*.new"))
+    assert fingerprint(resume(run)) == fingerprint(expected)
+
+
+def test_a_range_of_other_data_than_the_checkpoints_is_not_taken(tmp_path: Path) -> None:
+    images = tmp_path / "images" / "a"
+    images.mkdir(parents=True)
+    for number in range(24):
+        values = np.random.default_rng(number).uniform(-3, 3, (8, 8)).astype(np.float32)
+        np.save(images / f"{number:03d}.npy", values)
+    run = begun(tmp_path / "images", tmp_path / "run", conditioner=ContextConfig())
+    directory = RunDirectory(run)
+    found = Continued.of(directory, accepts_data=True)
+    assert found is not None
+    record = directory.data_record()
+    assert found.value_range == tuple(record["value_range"])
+    for fingerprint_of, expected in ((record["fingerprint"], (0.0, 1.0)), ("x", found.value_range)):
+        directory.write_json(
+            "data.json", {**record, "value_range": [0, 1], "fingerprint": fingerprint_of}
+        )
+        again = Continued.of(directory, accepts_data=True)
+        assert again is not None
+        assert again.value_range == expected

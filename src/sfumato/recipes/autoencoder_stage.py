@@ -6,6 +6,7 @@ encoded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -36,6 +37,7 @@ from sfumato.autoencoders import io as autoencoder_files
 from sfumato.autoencoders.discriminator import PatchDiscriminator
 from sfumato.config.bounds import Count
 from sfumato.data import Dataset, PrecomputedLatents, to_float
+from sfumato.data.array_cache import load_array, save_array
 from sfumato.data.choice import choose_evenly
 from sfumato.distributed import current
 from sfumato.errors import CheckpointError, ConfigError
@@ -59,6 +61,7 @@ from sfumato.training import (
     TrainingConfig,
     ValidationConfig,
     encode_part,
+    latents_kept,
     reconstruct,
     with_latents,
 )
@@ -392,6 +395,13 @@ class PretrainedAutoencoder:
         """Encode a part of the images into the cache, ahead of training; return how many batches."""
         with tempfile.TemporaryDirectory() as folder:
             copy = self._copy(Path(folder) / FINAL, dataset).to(default_device())
+            if not _have_room(copy, dataset, self.augmented_copies):
+                raise ConfigError(
+                    "the latents of all images need more than "
+                    f"{DISK_FRACTION:.0%} of the free disk space, so that training would not use them",
+                    where="SFUMATO_CACHE",
+                    hint="free some space, or name a larger disk",
+                )
             with ProgressBar("encoding images") as bar:
                 return encode_part(
                     dataset,
@@ -413,7 +423,7 @@ class PretrainedAutoencoder:
             _require_divisible(autoencoder.factor, dataset)
             facts: dict[str, Any] = {"from": str(self.path)}
             if self.statistics == "measured":
-                statistics = _measure_latents(autoencoder.codec, dataset)
+                statistics = _measured(autoencoder, dataset)
                 autoencoder = LatentAutoencoder(
                     autoencoder.codec, statistics.mean, statistics.deviation
                 )
@@ -468,6 +478,24 @@ def _require_divisible(factor: int, dataset: Dataset) -> None:
                 hint=f"set data.resolution to a multiple of {factor}, or fewer "
                 "autoencoder.network.channels",
             )
+
+
+def _measured(autoencoder: LatentAutoencoder, dataset: Dataset) -> Statistics:
+    """Return the statistics of a pretrained autoencoder's latents, which are kept: machines would
+    measure them with other rounding, and find no latents of one another.
+    """
+    identity = hashlib.sha256(
+        f"{autoencoder_files.identity(autoencoder)} {dataset.fingerprint}".encode()
+    ).hexdigest()
+    uses_cache = dataset.config.cache != "off"
+    kept = load_array("latent-statistics", identity) if uses_cache else None
+    if kept is None:
+        found = _measure_latents(autoencoder.codec, dataset)
+        kept = torch.stack([found.mean, found.deviation, found.informative]).cpu().numpy()
+        if uses_cache:
+            save_array("latent-statistics", identity, kept)
+    device = next(autoencoder.codec.parameters()).device
+    return Statistics(*torch.from_numpy(kept).to(device))
 
 
 def _measure_latents(codec: Codec, dataset: Dataset) -> Statistics:
@@ -594,6 +622,15 @@ def _stores_latents(
     if decision.is_file():
         with suppress(OSError, ValueError, TypeError, KeyError):  # damaged: it is decided again
             return bool(json.loads(decision.read_text())["kept"])
+    store = dataset.config.cache != "off" and _have_room(autoencoder, dataset, variants)
+    directory.write_json(f"{FOLDER}/kept.json", {"kept": store})
+    return store
+
+
+def _have_room(autoencoder: LatentAutoencoder, dataset: Dataset, variants: int) -> bool:
+    """Return whether the latents of all images that will be read have room in the cache, beside those
+    that are there.
+    """
     _, height, width = dataset.image_shape
     count = 1 if dataset.config.augment.is_off else variants
     each = (
@@ -606,8 +643,7 @@ def _stores_latents(
     images = len(dataset.training)
     if dataset.config.wait == "ready":  # the decision is one for all that will be read
         images += dataset.ledger.beyond
+    missing = count * images - latents_kept(dataset, autoencoder_files.identity(autoencoder))
     cache_folder().mkdir(parents=True, exist_ok=True)
     room = DISK_FRACTION * shutil.disk_usage(cache_folder()).free
-    store = dataset.config.cache != "off" and each * count * images <= room
-    directory.write_json(f"{FOLDER}/kept.json", {"kept": store})
-    return store
+    return each * max(0, missing) <= room

@@ -43,7 +43,9 @@ class Continued:
             with suppress(CheckpointError, ConfigError):
                 state = checkpoint.state_of(path)
                 info = configuration.parse(ConditioningInfo, state.get("facts"), where=str(path))
-                found = directory.data_record().get("value_range", info.value_range)
+                record, found = directory.data_record(), info.value_range
+                if record.get("fingerprint") == state.get("data"):
+                    found = record.get("value_range", found)
                 return cls(
                     info=info,
                     fingerprint=str(state.get("data")),
@@ -93,9 +95,12 @@ class Continued:
         Raises:
             DataError: if the weights do not fit changed data.
         """
-        if not self.accepts_data and dataset.fingerprint != self.fingerprint:
-            return now  # which will be refused
-        result = carried_info(run, self.info, now)
+        try:
+            result = carried_info(run, self.info, now)
+        except DataError:
+            if self.accepts_data:
+                raise
+            return now  # with which restoring the run will be refused
         if new := sorted(set(now.words) - set(result.words)):
             console().print(
                 f"{len(new)} words of the captions, such as {new[0]}, are new to the model, which "

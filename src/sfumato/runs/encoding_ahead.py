@@ -11,6 +11,7 @@ from sfumato.recipes.model import text_encoder
 from sfumato.recipes.run import Run
 from sfumato.runs.preparation import conditioning_info, open_data
 from sfumato.runs.text_encoders import encode_share, texts_of
+from sfumato.training.precision import default_device
 
 
 def encode_part(
@@ -40,5 +41,5 @@ def encode_part(
     texts = texts_of(run, info, dataset)
     if not texts:
         return batches, 0
-    conditioner = run.conditioner.build(info, encoder=text_encoder)
+    conditioner = run.conditioner.build(info, encoder=text_encoder).to(default_device())
     return batches, encode_share(conditioner, texts, share)

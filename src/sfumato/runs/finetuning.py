@@ -88,8 +88,8 @@ def choose_finetuning(
     if like is not None:
         start = converted(start, Path(model), folder)
     if lora is not None:
-        asked = configuration.with_overrides({}, overrides).get("adapter") or {}
-        texts = asked.get("text_encoders") is not False
+        asked = configuration.with_overrides({}, overrides).get("adapter")
+        texts = not isinstance(asked, dict) or asked.get("text_encoders") is not False
         start = with_lora_file(start, Path(lora), partial=partial, trains_texts=texts)
     images = source_at(source)
     own = start.run.data.of_other(images)

@@ -425,6 +425,7 @@ def _limit_of(directory: RunDirectory, run: Run) -> int:
     """Return how many images a run that does not wait for all had at its newest checkpoint."""
     for path in checkpoint.paths(directory.checkpoints):
         with suppress(CheckpointError, KeyError, TypeError, ValueError):
+            checkpoint.require_whole(path)
             return int(checkpoint.configuration_of(path)["data"]["limit"])
     return run.data.limit
 

@@ -73,22 +73,27 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     keep: int,
     sound: bool = True,
+    replaces: bool = False,
 ) -> Path:
     """Commit a checkpoint, then prune all but the newest `keep` and the newest sound one.
 
-    A checkpoint of this step that exists already is left as it is.
+    A checkpoint of this step that exists already is left as it is, unless it is to be replaced.
 
     Args:
         root: the folder of checkpoints.
         sound: whether the loss is in its usual range; if it is not, the weights may have diverged.
+        replaces: whether one of this step is replaced, once the new one is written whole.
     Raises:
         CheckpointError: if the checkpoint could not be written; existing checkpoints are untouched.
     """
     final = root / f"step-{step:09d}"
-    if final.exists():
+    if final.exists() and not replaces:
         return final
+    written = final.with_name(f"{final.name}.new") if final.exists() else final
     try:
-        with atomic_folder(final, durable=True) as temporary:
+        if written != final:
+            shutil.rmtree(written, ignore_errors=True)  # of a process that was killed
+        with atomic_folder(written, durable=True) as temporary:
             for name, group in tensors.items():
                 save_file(_on_host(group), temporary / f"{name}.safetensors")
             (temporary / "state.json").write_text(
@@ -103,6 +108,10 @@ def save(
                 "files": files,
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        if written != final:
+            before = set_aside(final, "replaced")
+            written.rename(final)
+            shutil.rmtree(before, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"could not be written: {error}",

@@ -15,7 +15,7 @@ from sfumato.training.config import (
     ValidationConfig,
 )
 from sfumato.training.ema import FixedEMA, PowerEMA
-from sfumato.training.latent_cache import encode_part, with_latents
+from sfumato.training.latent_cache import encode_part, latents_kept, with_latents
 from sfumato.training.optimizers import MuonConfig, OptimizerConfig
 from sfumato.training.preservation import PreservationConfig
 from sfumato.training.tasks.diffusion import Diffusion
@@ -52,6 +52,7 @@ __all__ = [
     "TrainingConfig",
     "ValidationConfig",
     "encode_part",
+    "latents_kept",
     "reconstruct",
     "with_latents",
 ]

@@ -93,6 +93,11 @@ def encode_part(
     return len(chunks)
 
 
+def latents_kept(dataset: Dataset, identity: str) -> int:
+    """Return how many latents of an autoencoder are in the cache, of any images of this shape."""
+    return len(_cache(dataset, identity).records)
+
+
 def _cache(dataset: Dataset, identity: str) -> ArrayCache:
     form, augmented = dataset.pixel_format, dataset.config.augment
     return ArrayCache.open("latents", f"decoder {DECODER} {identity} {form!r} {augmented!r}")

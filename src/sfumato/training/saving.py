@@ -101,24 +101,26 @@ class RunSaver:
         with suppress(CheckpointError, OSError):
             self._background.wait()
 
-    def save_now(self) -> None:
+    def save_now(self, *, replaces: bool = False) -> None:
         """Save a checkpoint, and wait for it.
 
+        Args:
+            replaces: whether one of this step is replaced; otherwise it is left as it is.
         Raises:
             CheckpointError: if it could not be written.
             UnstableError: if the weights or their average are not finite.
         """
-        if (error := self._try_now()) is not None:
+        if (error := self._try_now(replaces=replaces)) is not None:
             raise CheckpointError(error)
 
-    def _try_now(self) -> str | None:
+    def _try_now(self, *, replaces: bool = False) -> str | None:
         """Save a checkpoint, and wait for it; return what went wrong, the same in all processes."""
         self.wait()
         tensors = self._finite_tensors()
 
         def write() -> str | None:
             try:
-                self._writer()(tensors)
+                self._writer(replaces=replaces)(tensors)
             except (CheckpointError, OSError) as error:
                 return str(error)
             return None
@@ -233,7 +235,7 @@ class RunSaver:
             hint=f"free some space; `sfumato resume {self.trainer.directory.root}` trains the rest again",
         )
 
-    def _writer(self) -> Callable[[Groups], object]:
+    def _writer(self, *, replaces: bool = False) -> Callable[[Groups], object]:
         """Return what writes tensors as a checkpoint of this step, also when training has gone on."""
         self._frozen = self._frozen or self._save_frozen()
         state = {
@@ -254,6 +256,7 @@ class RunSaver:
             state=state,
             keep=self.trainer.config.checkpoint.keep,
             sound=self.trainer.state.counters.sound,
+            replaces=replaces,
         )
 
         def save_and_copy(tensors: Groups) -> None:

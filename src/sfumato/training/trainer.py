@@ -328,7 +328,8 @@ class Trainer:
             self.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         self.directory.require_space(self.saver.disk_bytes())
         if self._new or self._has_other_data:  # a kill leaves a run that goes on with these data
-            self.saver.save_now()
+            self.saver.save_now(replaces=self._has_other_data)
+            self._has_other_data = False
         self.directory.write_status("running", counters.step)
 
     def measure_step(self, *, steps: int = 3) -> float:

@@ -93,6 +93,7 @@ class WebDataset(Source):
 
     def _part(self, shard: str, held: Mapping[str, str]) -> _Part | None:
         """List a shard whose images depend on no other one; None if they might."""
+        failed = files.failed_reads()
         indexed = index_members(shard)
         if not all(map(_is_plain, (member.name for member in indexed[0]))):
             return None
@@ -101,9 +102,13 @@ class WebDataset(Source):
             listing = self._tree(members, rejects, held).listing()
         except DataError:  # it holds no image
             return None
-        if listing.remarks:  # such as a guess of the encoding of all texts
+        # such as a guess of the encoding of all texts; or an error of reading that may pass
+        if listing.remarks or files.failed_reads() != failed:
             return None
-        table = encode_part(listing.entries)
+        try:
+            table = encode_part(listing.entries)
+        except UnicodeEncodeError:  # in the shard's path
+            return None
         return _Part(table, listing.rejects, listing.sidecars, listing.total)
 
     def _members(
@@ -276,9 +281,9 @@ def index_members(shard: str) -> tuple[list[Member], list[Reject]]:
     try:
         path = files.local(shard)
         identity = f"{path.resolve()} {files.version_of_local(shard)} 3"
-        index_file = (
-            cache_folder() / "tar-index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
-        )
+        # a path that is no text is one all the same
+        name = hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()
+        index_file = cache_folder() / "tar-index" / f"{name}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
             stored = json.loads(index_file.read_text())
             return [Member(*member) for member in stored["members"]], [
