@@ -186,10 +186,8 @@ def test_a_run_that_dies_as_it_grows_goes_on(
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
 
 
-def test_a_run_that_stopped_waits_for_more_images(
-    folder: Path, small: None, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from sfumato.process.signals import Interrupted
+def stopped_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the verdict of a run be to stop."""
     from sfumato.training.trainer import Trainer
 
     step = Trainer.train_step
@@ -201,6 +199,14 @@ def test_a_run_that_stopped_waits_for_more_images(
         return result
 
     monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def test_a_run_that_stopped_waits_for_more_images(
+    folder: Path, small: None, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sfumato.process.signals import Interrupted
+
+    stopped_at_step_3(monkeypatch)
     settings = growing(folder, budget=Budget(steps=12), stop="overfitting")
     with monkeypatch.context() as patch:  # a signal while it waits
         patch.setattr(
@@ -222,17 +228,7 @@ def test_a_run_that_stopped_waits_for_more_images(
 def test_a_verdict_at_the_end_of_the_budget_waits_for_nothing(
     folder: Path, small: None, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sfumato.training.trainer import Trainer
-
-    step = Trainer.train_step
-
-    def stopping(self: Trainer, batch: object) -> object:
-        result = step(self, batch)
-        if self.state.counters.step == 3:
-            self.state.counters.stopped = "overfitting"
-        return result
-
-    monkeypatch.setattr(Trainer, "train_step", stopping)
+    stopped_at_step_3(monkeypatch)
     train(growing(folder, budget=Budget(steps=3), stop="overfitting"), run=tmp_path / "run")
     said = capsys.readouterr().err
     assert "when more images are read" not in said

@@ -47,6 +47,15 @@ def add(folder: Path, category: str, numbers: range, **annotations: object) -> N
             place.with_suffix(".json").write_text(json.dumps(annotations))
 
 
+def arrays(folder: Path, reach: float) -> Path:
+    """Write 24 arrays of floats from -reach to reach."""
+    folder.mkdir(parents=True)
+    for number in range(24):
+        values = np.random.default_rng(number).uniform(-reach, reach, (8, 8))
+        np.save(folder / f"{number:03d}.npy", values.astype(np.float32))
+    return folder
+
+
 def infos(run: Path) -> list[ConditioningInfo]:
     """What the conditioner was built from, at each checkpoint."""
     from sfumato import config
@@ -133,11 +142,7 @@ def test_values_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_values_of_another_kind_are_refused_the_other_way_round(tmp_path: Path) -> None:
-    images = tmp_path / "images" / "a"
-    images.mkdir(parents=True)
-    for number in range(24):
-        values = np.random.default_rng(number).uniform(-3, 3, (8, 8)).astype(np.float32)
-        np.save(images / f"{number:03d}.npy", values)
+    images = arrays(tmp_path / "images" / "a", 3.0)
     run = begun(tmp_path / "images", tmp_path / "run", conditioner=ContextConfig())
     for path in images.glob("*.npy"):
         path.unlink()
@@ -149,10 +154,7 @@ def test_values_of_another_kind_are_refused_the_other_way_round(tmp_path: Path) 
 def test_a_fine_tuning_keeps_the_range_of_its_own_images(tmp_path: Path) -> None:
     """What its conditioner was built from is the base's, and says another range."""
     for name, reach in (("first", 3.0), ("second", 9.0)):
-        (tmp_path / name / "a").mkdir(parents=True)
-        for number in range(24):
-            values = np.random.default_rng(number).uniform(-reach, reach, (8, 8))
-            np.save(tmp_path / name / "a" / f"{number:03d}.npy", values.astype(np.float32))
+        arrays(tmp_path / name / "a", reach)
     base = begun(tmp_path / "first", tmp_path / "base", conditioner=ContextConfig())
     settings = choose_finetuning(base, str(tmp_path / "second"), ["budget.steps=2"])
     run = train(settings.resolved(["budget.steps=2"]).run, run=tmp_path / "tuned")
@@ -251,11 +253,7 @@ def test_a_run_that_dies_right_after_its_data_changed_is_resumed_with_these(
 
 
 def test_a_range_of_other_data_than_the_checkpoints_is_not_taken(tmp_path: Path) -> None:
-    images = tmp_path / "images" / "a"
-    images.mkdir(parents=True)
-    for number in range(24):
-        values = np.random.default_rng(number).uniform(-3, 3, (8, 8)).astype(np.float32)
-        np.save(images / f"{number:03d}.npy", values)
+    arrays(tmp_path / "images" / "a", 3.0)
     run = begun(tmp_path / "images", tmp_path / "run", conditioner=ContextConfig())
     directory = RunDirectory(run)
     found = Continued.of(directory, accepts_data=True)

@@ -118,7 +118,7 @@ def ask(url: str, question: str) -> Any:
 
 
 def require_answer(url: str) -> None:
-    """Raise DataError if a server does not answer, for which its file system says that there is no file."""
+    """Raise DataError if a server does not answer; its file system reports a missing file instead."""
     system, path = filesystem(url)
     try:
         system.info(path)
@@ -235,7 +235,7 @@ def fetch(url: str, stop: threading.Event = NEVER) -> Path:
 
 
 def _raise_if_lasting(url: str, error: Exception) -> None:
-    """Raise an error that another attempt would not mend: a refused file, or a full disk."""
+    """Raise an error that must not be retried: a refused file, or a full disk."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise DataError(
             f"cannot be saved, since the disk is full: {error.strerror}",

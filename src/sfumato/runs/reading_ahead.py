@@ -4,6 +4,7 @@ another process has read them.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
+
+import torch
 
 from sfumato.data import Dataset, Listing, is_indexed, listed
 from sfumato.distributed import current
@@ -18,9 +22,11 @@ from sfumato.errors import ConfigError, redact_secrets
 from sfumato.observability.progress import console
 from sfumato.platform import die_with_parent
 from sfumato.process import signals
+from sfumato.process.signals import Interrupted
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.recipes.run import Run
 from sfumato.storage.run_directory import RunDirectory
+from sfumato.training import Trainer
 
 FIRST, TIMES = 10_000, 4  # images to begin with, and how many times as many come next
 LOG = "reading.log"
@@ -158,3 +164,37 @@ def reading_ahead(run: Run, dataset: Dataset, directory: RunDirectory) -> Iterat
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def train_while_reading(trainer: Trainer, directory: RunDirectory) -> int | None:
+    """Train, while more images are read if the run wants more; return how many it is to go on with,
+    0 for all; None at its end.
+    """
+    run, counters = cast(Run, trainer.config), trainer.state.counters
+    with reading_ahead(run, trainer.dataset, directory) as ahead:
+        ended = trainer.run(pauses=ahead.is_done)
+        stopped = ended and counters.stopped and trainer.progress < 1  # by a verdict
+        if stopped and ahead.is_running:
+            console().print(
+                f"stopped, as {counters.stopped}: the run goes on when more images are read",
+                markup=False,
+            )
+            directory.write_status("running", counters.step)
+            try:
+                ahead.wait()
+            except Interrupted as signal:
+                signal.is_said = True
+                console().print(
+                    f"{signal}: `sfumato resume {directory.root}` goes on from there", markup=False
+                )
+                raise
+            if not ahead.is_done():
+                directory.write_status("finished", counters.step)
+        return ahead.limit if ahead.is_done() and (not ended or stopped) else None
+
+
+def free_memory() -> None:
+    """Free what only cycles of references hold, on the device too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +10,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
-
-import torch
 
 from sfumato import __version__
 from sfumato import config as configuration
@@ -44,7 +41,7 @@ from sfumato.runs.finetuning_report import FOLDER as REPORT
 from sfumato.runs.finetuning_report import finetuning_report, with_parity
 from sfumato.runs.plan_check import check_plan
 from sfumato.runs.preparation import PreparedRun, prepare_in_turn, print_padding_costs
-from sfumato.runs.reading_ahead import reading_ahead, with_first_sample
+from sfumato.runs.reading_ahead import free_memory, train_while_reading, with_first_sample
 from sfumato.runs.sweep import sweep_after_training
 from sfumato.runs.text_encoders import release_encoders
 from sfumato.runs.trainer_assembly import diffusion_trainer
@@ -291,9 +288,13 @@ def _run_to_the_end(begin: Callable[[], Trainer | None], directory: RunDirectory
     """
     trainer = begin()
     grows = True
-    while trainer is not None and grows and (more := _more_images(trainer, directory)) is not None:
+    while (
+        trainer is not None
+        and grows
+        and (more := train_while_reading(trainer, directory)) is not None
+    ):
         trainer = None
-        _free_memory()  # there is some for one trainer
+        free_memory()  # there is some for one trainer
         trainer, grows = _with_more_images(directory, more)
     if trainer is not None and not grows:
         trainer.run()
@@ -316,40 +317,6 @@ def _run_to_the_end(begin: Callable[[], Trainer | None], directory: RunDirectory
     current().on_first(finish)
 
 
-def _more_images(trainer: Trainer, directory: RunDirectory) -> int | None:
-    """Train, while more images are read if the run wants more; return how many it is to go on with,
-    0 for all; None at its end.
-    """
-    run, counters = cast(Run, trainer.config), trainer.state.counters
-    with reading_ahead(run, trainer.dataset, directory) as ahead:
-        ended = trainer.run(pauses=ahead.is_done)
-        stopped = ended and counters.stopped and trainer.progress < 1  # by a verdict
-        if stopped and ahead.is_running:
-            console().print(
-                f"stopped, as {counters.stopped}: the run goes on when more images are read",
-                markup=False,
-            )
-            directory.write_status("running", counters.step)
-            try:
-                ahead.wait()
-            except Interrupted as signal:
-                signal.is_said = True
-                console().print(
-                    f"{signal}: `sfumato resume {directory.root}` goes on from there", markup=False
-                )
-                raise
-            if not ahead.is_done():
-                directory.write_status("finished", counters.step)
-        return ahead.limit if ahead.is_done() and (not ended or stopped) else None
-
-
-def _free_memory() -> None:
-    """Free what only cycles of references hold, on the device too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _with_more_images(directory: RunDirectory, limit: int) -> tuple[Trainer, bool]:
     """Restore a run with more of its images; return whether it has them, and may get further ones.
 
@@ -360,7 +327,7 @@ def _with_more_images(directory: RunDirectory, limit: int) -> tuple[Trainer, boo
         return trainer, True
     except (SfumatoError, OSError) as error:
         console().print(f"warning: the run goes on without more images: {error}", markup=False)
-    _free_memory()
+    free_memory()
     return _restore_trainer(directory, (), accepts_data=False, mirror=None), False
 
 

@@ -281,7 +281,7 @@ def index_members(shard: str) -> tuple[list[Member], list[Reject]]:
     try:
         path = files.local(shard)
         identity = f"{path.resolve()} {files.version_of_local(shard)} 3"
-        # a path that is no text is one all the same
+        # paths need not be valid UTF-8
         name = hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()
         index_file = cache_folder() / "tar-index" / f"{name}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
