@@ -46,7 +46,7 @@ def with_first_sample(run: Run, listing: Listing | None) -> Run:
         return run
     for key, obstacle in _obstacles(run):
         raise ConfigError(
-            f"more images cannot be added where {obstacle}",
+            f"data.wait=ready cannot be used where {obstacle}",
             where=key,
             hint="use data.wait=all; `sfumato data cache` reads images ahead of training",
         )
@@ -70,11 +70,14 @@ def _obstacles(run: Run) -> Iterator[tuple[str, str]]:
     if isinstance(run.autoencoder, TrainedAutoencoder):
         yield "autoencoder", "an autoencoder is trained first"
     if run.budget.epochs is not None:
-        yield "budget.epochs", "epochs become longer"
+        yield "budget.epochs", "the budget counts epochs, which grow with the images"
     if run.data.cache == "off":
-        yield "data.cache", "images that are read are not kept"
+        yield "data.cache", "decoded images are not kept"
     if run.conditioner.attributes is not None:
-        yield "conditioner.attributes", "their names and means are those of all images"
+        yield (
+            "conditioner.attributes",
+            "attributes steer the model: their names and means are those of all images",
+        )
     place = str(getattr(run.data.source, "path", ""))
     if redact_secrets(place) != place:
         yield "data.source", "the address has a secret, which a run does not store"
